@@ -177,31 +177,31 @@ def killed():
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    ("how", "code", "again"),
-    [(lambda: os.kill(os.getpid(), signal.SIGTERM), 143, 5), (killed, 130, 9)],
-    ids=["SIGTERM", "killed"],
-)
-def test_an_interrupted_pass_continues_to_the_same_bytes(experiment, straight, capsys, monkeypatch, how, code, again):
+def test_an_interrupted_pass_continues_to_the_same_bytes(experiment, straight, capsys, monkeypatch):
     """SIGTERM keeps all that was computed; after a kill whole shards count, here of one record each."""
-    root = experiment.root
-    monkeypatch.setattr(cache, "SHARD_BYTES", 1 if code == 130 else 1 << 20)
-    kept, name = stop(monkeypatch, 8 if code == 143 else 7, how), f"stopped{code}"
+    flags, root = ["recover", *experiment("stopped", "stopped-cache", ONE_STEP)], experiment.root
+    kept = stop(monkeypatch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
     capsys.readouterr()
-    assert main(["recover", *experiment(name, f"{name}-cache", ONE_STEP)]) == code
-    if code == 143:
-        line = "vlmprune: teacher's top-8 logits stopped on SIGTERM after 2 of 4; the same command continues"
-        assert capsys.readouterr().err.strip() == line
-    assert not (root / name / "training/checkpoints").exists()
-    before = len(kept)
-    assert main(["recover", *experiment(name, f"{name}-cache", ONE_STEP)]) == 0
-    assert f"teacher's top-8 logits: {again} of 14 records to compute" in capsys.readouterr().out
-    assert len(kept) - before == again
-    expected, ours = held(straight), held(root / f"{name}-cache")
+    assert main(flags) == 143
+    line = "vlmprune: teacher's top-8 logits stopped on SIGTERM after 2 of 4; the same command continues"
+    assert capsys.readouterr().err.strip() == line
+    assert len(kept) == 8
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "SHARD_BYTES", 1)
+    stop(monkeypatch, 5, killed)
+    assert main(flags) == 130
+    assert "teacher's top-8 logits: 5 of 14 records to compute" in capsys.readouterr().out
+    assert not (root / "stopped/training/checkpoints").exists()
+    monkeypatch.undo()
+    kept = stop(monkeypatch, 99, killed)
+    assert main(flags) == 0
+    assert "teacher's top-8 logits: 1 of 14 records to compute" in capsys.readouterr().out
+    assert len(kept) == 1
+    expected, ours = held(straight), held(root / "stopped-cache")
     assert len(expected) == 2 * 13
     assert expected.keys() == ours.keys()
     assert all(np.array_equal(ours[key], array) for key, array in expected.items())
-    assert metrics(root, name) == metrics(root, "s")
+    assert metrics(root, "stopped") == metrics(root, "s")
 
 
 def test_the_longest_rows_come_first_in_the_smallest_buckets(experiment, monkeypatch):
@@ -227,28 +227,29 @@ def test_the_longest_rows_come_first_in_the_smallest_buckets(experiment, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("flags", "field"),
+    ("folder", "flags", "message"),
     [
-        (["--config.recover.teacher_top_k=9"], "recover.teacher_top_k was 8, now 9"),
-        (["--config.recover.losses.temperature=1.0"], "recover.losses.temperature was 2.0, now 1.0"),
-        (["--config.recover.losses.kl_positions=all"], 'recover.losses.kl_positions was "labels", now "all"'),
-        (["--config.recover.compute_dtype=bfloat16"], 'recover.compute_dtype was "float32", now "bfloat16"'),
-        (["--config.data.system=Hi."], 'data.system was "", now "Hi."'),
-        (["--config.data.length_buckets=(48, 64)"], "data.max_length was 96, now 64"),
-        (["--config.data.aspect_ratio=square"], 'data.aspect_ratio was "auto", now "square"'),
-        (["--config.data.template=bunny"], 'data.template was "auto", now "bunny"'),
-        (["--config.model.dtype=bfloat16"], 'model.dtype was "float32", now "bfloat16"'),
-        (["--config.data.truncate=False"], "data.truncate was true, now false"),
+        ("straight", "recover.teacher_top_k=9", "recover.teacher_top_k was 8, now 9"),
+        ("straight", "recover.compute_dtype=bfloat16", 'recover.compute_dtype was "float32", now "bfloat16"'),
+        ("straight", "data.length_buckets=(48,64)", "data.max_length was 96, now 64"),
+        ("straight", "data.aspect_ratio=square", 'data.aspect_ratio was "auto", now "square"'),
+        ("straight", "model.dtype=bfloat16", 'model.dtype was "float32", now "bfloat16"'),
+        ("new", "recover.losses.l2=0.5", "l2 cannot be computed from cached top-k logits of a teacher"),
+        ("new", "recover.losses.teacher_inputs=student", 'needs teacher_inputs="own"'),
+        ("new", "recover.teacher_top_k=0", "recover.teacher_top_k=0 must be at least 1"),
+        ("new", "recover.teacher_top_k=417", "teacher_top_k=417 must be at most the vocabulary size, 416"),
+        ("new", "mesh.data=8", "a micro-batch of 4 rows (batch_size / accumulation) must be a multiple of"),
+        ("teacher", "data.seed=0", "teacher: is neither empty nor a cache"),
+        ("records.json", "data.seed=0", "records.json: "),
     ],
-    ids=lambda value: value[0].split(".")[-1] if isinstance(value, list) else "",
 )
-def test_a_cache_of_something_else_is_refused(experiment, straight, capsys, flags, field):
+def test_what_is_refused_in_one_line(experiment, straight, capsys, folder, flags, message):
     before = sorted(path.name for path in straight.iterdir())
     capsys.readouterr()
-    assert main(["recover", *experiment("refused", "straight", *flags, "--overwrite")]) == 2
+    assert main(["recover", *experiment("refused", folder, f"--config.{flags}", "--overwrite")]) == 2
     line = capsys.readouterr().err.strip()
-    assert f"{straight}: this cache was computed from other inputs" in line
-    assert field in line
+    assert message in line
+    assert (f"{straight}: this cache was computed from other inputs" in line) == (folder == "straight")
     assert "\n" not in line
     assert sorted(path.name for path in straight.iterdir()) == before
 
@@ -260,26 +261,4 @@ def test_another_teacher_is_refused(experiment, straight, capsys):
     capsys.readouterr()
     code = main(["recover", *experiment("refused", "straight", "--overwrite")])
     config.write_text(text)
-    assert code == 2
-    assert "model.hf_dir was " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--config.recover.losses.l2=0.5"], "l2 cannot be computed from cached top-k logits of a teacher"),
-        (["--config.recover.losses.teacher_inputs=student"], 'needs teacher_inputs="own"'),
-        (["--config.recover.teacher_top_k=0"], "recover.teacher_top_k=0 must be at least 1"),
-        (["--config.recover.teacher_top_k=417"], "teacher_top_k=417 must be at most the vocabulary size, 416"),
-        (["--config.mesh.data=8"], "a micro-batch of 4 rows (batch_size / accumulation) must be a multiple of"),
-        (["--config.recover.teacher_cache={root}/teacher"], "teacher: is neither empty nor a cache"),
-        (["--config.recover.teacher_cache={root}/records.json"], "records.json: "),
-    ],
-    ids=lambda value: value[0].split(".")[-1] if isinstance(value, list) else "",
-)
-def test_what_cannot_be_is_said_in_one_line(experiment, capsys, flags, message):
-    given = [flag.format(root=experiment.root) for flag in flags]
-    assert main(["recover", *experiment("refused", "new", *given, "--overwrite")]) == 2
-    line = capsys.readouterr().err.strip()
-    assert message in line
-    assert "\n" not in line
+    assert (code, "model.hf_dir was " in capsys.readouterr().err) == (2, True)
