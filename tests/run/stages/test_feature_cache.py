@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import recover_cases as cases
+from experiment_cases import record
 from hf_cases import copy_golden, copy_llava, edit_weights
 from refusal import refused
 from rich.console import Console
@@ -57,32 +58,23 @@ RECOVER = {
 }
 
 
-def make_records(folder: Path, images: Path) -> None:
-    """Twelve records of five images, one of which no decoder reads, and of texts of several lengths."""
-    shutil.copytree(images, folder / "images")
-    (folder / "images/broken.png").write_bytes(b"no image")
-    records = []
-    for number in range(12):
-        image = ("img0.png", "img1.png", None, "img2.png", "img3.png", "broken.png")[number % 6]
-        turns = [("human", ("<image>\n" if image else "") + "Is it a dog? " * (1 + number % 4)), ("gpt", "yes")]
-        record = {"id": f"r{number}", "conversations": [{"from": who, "value": text} for who, text in turns]}
-        records.append({**record, "image": image} if image else record)
-    (folder / "records.json").write_text(json.dumps(records))
-
-
 def make_experiment(root: Path, goldens: Path, **sections: Any) -> Experiment:
-    """A pruned model in root/pruned, and how to recover it; `root/teacher` is there."""
-    make_records(root, goldens / "data/images")
-    tower = sections.get("model", {}).get("vision_dir")
-    teacher = load(root / "teacher", vision_dir=tower)
+    """A pruned model in root/pruned, and how to recover it; `root/teacher` is there.
+
+    Twelve records of five images, one of which no decoder reads, and of texts of several lengths.
+    """
+    shutil.copytree(goldens / "data/images", root / "images")
+    (root / "images/broken.png").write_bytes(b"no image")
+    images = ("img0.png", "img1.png", None, "img2.png", "img3.png", "broken.png")
+    records = [record(f"r{n}", images[n % 6], "Is it a dog? " * (1 + n % 4), "yes") for n in range(12)]
+    (root / "records.json").write_text(json.dumps(records))
+    teacher = load(root / "teacher")
     plan = make_plan(score(teacher, None, criterion="random"), teacher.cfg, method="depth", layers_removed=1)
-    prune_folder(root / "teacher", plan, root / "pruned", vision_dir=tower, dtype="float32")
+    prune_folder(root / "teacher", plan, root / "pruned", dtype="float32")
     (root / "plan.json").write_text(plan.to_json())
     data = {"train": str(root / "records.json"), "images": str(root / "images"), "on_error": "skip", "system": ""}
     changes = {"model": {"hf_dir": str(root / "teacher")}, "data": data, "recover": RECOVER}
-    for name, values in sections.items():
-        changes[name] = {**changes.get(name, {}), **values}
-    return override(Experiment(), changes)
+    return override(Experiment(), {name: {**changes.get(name, {}), **sections.get(name, {})} for name in changes})
 
 
 def quiet(root: Path, experiment: Experiment, **place: Any) -> Work:
@@ -90,12 +82,10 @@ def quiet(root: Path, experiment: Experiment, **place: Any) -> Work:
     return Work.at(root, experiment, Reporter(Console(file=io.StringIO())), **place)
 
 
-def recovered(experiment: Experiment, root: Path, name: str, cache: Path | None = None, **recover: Any) -> Path:
+def recovered(experiment: Experiment, root: Path, name: str, cache: Path | None = None) -> Path:
     """The folder of one recovery."""
-    data = {"feature_cache": None if cache is None else str(cache)}
-    changed = override(experiment, {"data": data, "recover": recover})
-    place = {"folder": name, "start": root / "pruned"}
-    work = quiet(root, changed, stage="recover", **place)
+    changed = override(experiment, {"data": {"feature_cache": None if cache is None else str(cache)}})
+    work = quiet(root, changed, stage="recover", folder=name, start=root / "pruned")
     run_task(work.task, overwrite=False, say=work.say)
     return root / name
 
@@ -220,7 +210,6 @@ def test_images_of_a_tfds_data_set(llava, tmp_path):
 
 
 FAMILIES = {
-    "bunny": {"model": {"vision_dir": "siglip_tower"}},
     "internvl": {"data": {"max_tiles": 6, "max_length": 256}, "recover": {"trainable": "projector"}},
     "llava": {"data": {"group_by": "modality_length", "length_buckets": (48, 96)}},
 }
@@ -243,12 +232,10 @@ def test_interrupted_twice_and_the_same_numbers(name, goldens, tmp_path, monkeyp
     else:
         copy_golden(goldens, name, tmp_path / "teacher")
         shutil.copytree(goldens / "tokenizers" / name, tmp_path / "teacher", dirs_exist_ok=True)
-    if name == "bunny":
-        sections["model"]["vision_dir"] = str(goldens / "ckpt/siglip_tower")
     sections["recover"] = {**RECOVER, **sections.get("recover", {})}
     experiment = make_experiment(tmp_path, goldens, **sections)
     with_tower = recovered(experiment, tmp_path, "with_tower")
-    decode, record, wanted = ImageLoader.load, Recorder.step, iter(range(10))
+    decode, step_of, wanted = ImageLoader.load, Recorder.step, iter(range(10))
 
     def stopped(self, path, *args):
         if next(wanted, 0) == 3:
@@ -258,7 +245,7 @@ def test_interrupted_twice_and_the_same_numbers(name, goldens, tmp_path, monkeyp
     def killed(self, step, *args):
         if step == 3:
             raise KeyboardInterrupt
-        record(self, step, *args)
+        step_of(self, step, *args)
 
     monkeypatch.setattr(cache_module, "SHARD_BYTES", 1)
     monkeypatch.setattr(ImageLoader, "load", stopped)
@@ -268,7 +255,7 @@ def test_interrupted_twice_and_the_same_numbers(name, goldens, tmp_path, monkeyp
     monkeypatch.setattr(Recorder, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         recovered(experiment, tmp_path, "cached", tmp_path / "cache")
-    monkeypatch.setattr(Recorder, "step", record)
+    monkeypatch.setattr(Recorder, "step", step_of)
     train, held = loop._train, list[str]()
 
     def looked(run, *args):
