@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import sweep_cases as cases
-from hf_cases import copy_llava
+from experiment_cases import record, write_experiment
 from msgspec.structs import replace
 from refusal import refused
 from repository import start_counting
@@ -20,8 +20,8 @@ from vlmprune_jax.core.recovery.metrics import Recorder
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.report import build
-from vlmprune_jax.run.sweep import hyper
 from vlmprune_jax.run.sweep import sweep as sweep_run
+from vlmprune_jax.run.sweep.hyper import shard_of
 from vlmprune_jax.run.sweep.workers import in_processes
 from vlmprune_jax.run.workdir.result import read_result
 from vlmprune_jax.run.workdir.speed import SpeedUp
@@ -61,7 +61,8 @@ def sweep(tmp_path, monkeypatch):
         return cases.make_models(experiment, context)
 
     def call(*flags, body=BODY):
-        (tmp_path / "sweep.py").write_text(CONFIG.format(root=tmp_path, settings="", body=body))
+        config = CONFIG.format(root=tmp_path, settings="", body=body)
+        (tmp_path / "sweep.py").write_text(config if body else config.split("def get_hyper")[0])
         call.ran.clear()
         return main(["sweep", f"--config={tmp_path}/sweep.py", f"--workdir={workdir}", *flags])
 
@@ -111,37 +112,27 @@ def test_every_run_once(sweep, capsys):
     assert sweep.ran == [0.1, 0.2, 0.3, 0.4]
 
 
-def test_a_failed_run_is_listed_and_tried_again(sweep, capsys):
+def test_failed_runs_are_listed_and_tried_again_last(sweep, capsys):
+    sweep.fail = {0.1: UserError("no"), 0.2: KeyboardInterrupt()}
+    assert (sweep(), sweep.ran) == (130, [0.1, 0.2])
     sweep.fail = dict.fromkeys((0.1, 0.2, 0.3, 0.4), UserError("no"))
-    assert sweep() == 2
+    assert (sweep(), sweep.ran) == (2, [0.2, 0.3, 0.4, 0.1])
     assert set(states(sweep.workdir).values()) == {"failed"}
     assert sweep.pages == []
     capsys.readouterr()
     sweep.fail = {0.1: UserError("no such thing"), 0.3: ZeroDivisionError("a defect")}
-    assert sweep() == 2
-    assert sweep.ran == [0.1, 0.2, 0.3, 0.4]
+    assert (sweep(), sweep.ran) == (2, [0.1, 0.2, 0.3, 0.4])
     out, err = capsys.readouterr()
     assert "  failed: no such thing" in out
     assert "failed: ratio=0.3: ZeroDivisionError: a defect" in out
-    assert err == (
-        "vlmprune: error: 2 of 4 runs failed, first ratio=0.1: no such thing: run the same command to retry\n"
-    )
+    told = "2 of 4 runs failed, first ratio=0.1: no such thing: run the same command to retry"
+    assert err == f"vlmprune: error: {told}\n"
     found = read_sweep(sweep.workdir).models
     assert [one.status for one in found] == ["failed", "done", "failed", "done"]
     assert found[2].error == "ZeroDivisionError: a defect"
     sweep.fail = {}
-    assert sweep() == 0
-    assert sweep.ran == [0.1, 0.3]
+    assert (sweep(), sweep.ran) == (0, [0.1, 0.3])
     assert set(states(sweep.workdir).values()) == {"done"}
-
-
-def test_what_failed_before_is_tried_last(sweep):
-    sweep.fail = {0.1: UserError("no such thing"), 0.2: KeyboardInterrupt()}
-    assert sweep() == 130
-    assert sweep.ran == [0.1, 0.2]
-    sweep.fail = {}
-    assert sweep() == 0
-    assert sweep.ran == [0.2, 0.3, 0.4, 0.1]
 
 
 def test_shards_and_chosen_runs(sweep):
@@ -157,46 +148,36 @@ def test_shards_and_chosen_runs(sweep):
     assert sweep.ran == [0.3]
     runs = cases.some_runs()
     for count in (1, 2, 3, 7, 40):
-        shards = [hyper.shard_of(runs, f"{number}/{count}") for number in range(1, count + 1)]
+        shards = [shard_of(runs, f"{number}/{count}") for number in range(1, count + 1)]
         assert sorted(run.name for shard in shards for run in shard) == sorted(run.name for run in runs)
     for shard in ("0/2", "3/2", "2", "a/b", "-1/2", "1/2/3", "", "1/" + "9" * 5000, "²/2"):
-        refused(r"--shard=.*: must be i/n with i from 1 to n", hyper.shard_of, runs, shard)
+        refused(r"--shard=.*: must be i/n with i from 1 to n", shard_of, runs, shard)
+
+
+SEVERAL = 'return hyper.sweep("evaluate.questions", [9, 8])'
+RANK = "return [{'recover.lora': {'rank': 3}}]"
 
 
 @pytest.mark.parametrize(
     ("flags", "body", "told"),
     [
-        ((), "return [{'prune.rato': 0.1}]", "config.prune has no setting 'rato'; did you mean 'ratio'?"),
-        ((), "return 1 / 0", " with ZeroDivisionError: division by zero: correct it (--debug shows more)"),
-        ((), "return [{'score.depth': 'l7'}]", "run only: score.depth 'l7' is not one of"),
-        (
-            (),
-            'return hyper.sweep("evaluate.questions", [9, 8])',
-            "its evaluation sets differ from those of questions=9",
-        ),
-        (("--config.prune.ratio=0.2",), BODY, "--config.prune.ratio: get_hyper sets this setting too"),
-        (
-            ("--config.recover.lora.rank=4",),
-            "return [{'recover.lora': {'rank': 3}}]",
-            "--config.recover.lora.rank: get_hyper sets this setting too",
-        ),
-        (("--jobs=0",), BODY, "--jobs=0: 0 is not a positive integer"),
-        (("--shard=5",), BODY, "--shard=5: must be i/n"),
-        (("--only=decoder=*",), BODY, "--only=decoder=*: no run matches (the first is ratio=0.1)"),
+        ("", "return [{'prune.rato': 0.1}]", "config.prune has no setting 'rato'; did you mean 'ratio'?"),
+        ("", "return 1 / 0", " with ZeroDivisionError: division by zero: correct it (--debug shows more)"),
+        ("", "return [{'score.depth': 'l7'}]", "run only: score.depth 'l7' is not one of"),
+        ("", SEVERAL, "its evaluation sets differ from those of questions=9"),
+        ("--config.prune.ratio=0.2", BODY, "--config.prune.ratio: get_hyper sets this setting too"),
+        ("--config.recover.lora.rank=4", RANK, "--config.recover.lora.rank: get_hyper sets this setting too"),
+        ("--jobs=0", BODY, "--jobs=0: 0 is not a positive integer"),
+        ("--shard=5", BODY, "--shard=5: must be i/n"),
+        ("--only=decoder=*", BODY, "--only=decoder=*: no run matches (the first is ratio=0.1)"),
+        ("", None, "has no get_hyper(hyper), which lists the runs of a sweep"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(sweep, capsys, flags, body, told):
-    assert sweep(*flags, body=body) == 2
+    assert sweep(*flags.split(), body=body) == 2
     assert told in capsys.readouterr().err
     assert sweep.ran == []
     assert not sweep.workdir.exists()
-
-
-def test_a_config_without_runs(sweep, tmp_path, capsys):
-    file = tmp_path / "plain.py"
-    file.write_text(CONFIG.format(root=tmp_path, settings="", body=BODY).split("def get_hyper")[0])
-    assert main(["sweep", f"--config={file}", f"--workdir={sweep.workdir}"]) == 2
-    assert "has no get_hyper(hyper), which lists the runs of a sweep" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [(), ("--dry_run",)])
@@ -281,8 +262,9 @@ SETTINGS = """
     config.score.samples, config.score.batch_size = 4, 2
     config.prune.method, config.prune.ratio = "width", 0.1
     config.evaluate.batch_size, config.evaluate.max_new_tokens = 4, 2
-    config.recover.method, config.recover.trainable, config.recover.batch_size = "train", "projector", 2
-    config.recover.steps, config.recover.save_every, config.recover.log_every = 4, 1, 1"""
+    config.recover = {{
+        "method": "train", "trainable": "projector", "batch_size": 2, "steps": 4, "save_every": 1, "log_every": 1
+    }}"""
 TRAINED = """
     trained = hyper.product([hyper.named("recovery", {"sft": {}}), hyper.sweep("recover.seed", [1, 2])])
     first = hyper.chainit([hyper.named("recovery", {"none": {"recover.method": "none"}}), trained])"""
@@ -291,11 +273,8 @@ MORE = 'hyper.product([hyper.fixed("prune.ratio", 0.2), hyper.fixed("recover.see
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_makes_nothing_twice(goldens, tmp_path, monkeypatch, capfd):
-    record, workdir = Recorder.step, tmp_path / "w"
-    copy_llava(goldens, tmp_path / "teacher")
-    turns = [{"from": "human", "value": "<image>\nIs one here?"}, {"from": "gpt", "value": "yes"}]
-    records = [{"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": turns} for i in range(8)]
-    (tmp_path / "records.json").write_text(json.dumps(records))
+    step_of, workdir = Recorder.step, tmp_path / "w"
+    write_experiment(tmp_path, goldens, [record(f"r{i}", f"img{i % 4}.png", "Is one here?", "yes") for i in range(8)])
     settings = SETTINGS.format(images=str(goldens / "data/images"))
 
     def sweep(body, *flags):
@@ -307,7 +286,7 @@ def test_a_killed_sweep_goes_on_and_makes_nothing_twice(goldens, tmp_path, monke
     def killed(self, step, *args):
         if step == 3:
             raise KeyboardInterrupt
-        record(self, step, *args)
+        step_of(self, step, *args)
 
     monkeypatch.setattr(Recorder, "step", killed)
     code, out = sweep("\n    return first")
