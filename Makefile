@@ -18,9 +18,9 @@ ENGINES = engines-vllm engines-mlx engines-openvino
 help:
 	@echo 'make demo       install what the demo needs (no torch) and run it into runs/demo (2 to 3 minutes)'
 	@echo 'make demo-full  the same with all models of the table in README.md (2 minutes more)'
-	@echo 'make test       install everything, run the tests that protect a user (10 minutes on two cores)'
+	@echo 'make test       install everything, run the tests that protect a user (7 minutes on two idle cores)'
 	@echo '                WORKERS=2 processes run them; PYTEST_ARGS="-k name" goes to pytest'
-	@echo 'make test-all   the same, then the tests marked slow (40 minutes; CI runs this and make lint)'
+	@echo 'make test-all   the same, then the tests marked slow (30 minutes; CI runs this and make lint)'
 	@echo 'make lint       format, lint, types'
 	@echo 'make test-eval  the comparisons with lmms-eval, in .venv-eval: its protobuf is older than what sentencepiece needs'
 	@echo 'make engines-vllm, engines-mlx, engines-openvino: a serving engine in .venv-NAME, for tools/engines/table.py'
