@@ -1,15 +1,75 @@
-"""Bytes that a compiled program receives from other chips, and touches in HBM, read off its text."""
+"""Benchmarks: each at a tiny size, which checks by itself that both sides compute the same; what a compiled program
+receives from other chips, and touches in HBM, read off its text; and the vision tower's share of the FLOPs.
+"""
 
 import importlib
+import json
+import subprocess
+import sys
 
 import pytest
 from repository import ROOT
 
 
+def lines_of(benchmark, *flags):
+    """The lines of JSON that a benchmark prints."""
+    command = [sys.executable, str(ROOT / "benchmarks" / benchmark), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.slow
+def test_the_training_benchmark_runs(tmp_path):
+    flags = ["--tiny", "--batch=2x24", "--rounds=2", f"--work={tmp_path}"]
+    ours, peft, ratios = lines_of("train_step.py", *flags)
+    assert [line["side"] for line in (ours, peft, ratios)] == ["ours", "peft", "ours/peft"]
+    for line in (ours, peft):
+        assert line["tokens_per_second"] == pytest.approx(2 * 24 / line["step_seconds"], rel=0.2)  # rounded to 1 ms
+        assert 0.1 < line["peak_rss_gib"] < 2
+    assert ratios["tokens_per_second"] == pytest.approx(ours["tokens_per_second"] / peft["tokens_per_second"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_scoring_benchmark_runs():
+    lines = lines_of("scoring.py", "--tiny", "--batch=4x24", "--rounds=2")
+    assert [line["side"] for line in lines] == ["ours", "torch", "ratio"] * 2
+    for line in lines[2::3]:
+        assert line["speed"] > 0
+        assert 0.05 < line["memory"] < 5
+
+
+@pytest.mark.slow
+def test_recommendations_land_in_their_interval(tmp_path):
+    """Each is followed to the end: pruned, recovered as advised, and evaluated on the demo's questions."""
+    rows = [row for row in lines_of("recommend_check.py", f"--workdir={tmp_path / 'checks'}") if "case" in row]
+    assert [row["case"] for row in rows if row["inside"]] == ["trained", "untrained", "hybrid", "projector"], rows
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_full_size_runs(tmp_path):
+    found = lines_of("full_size.py", "--tiny", "--model=internvl", f"--work={tmp_path}")
+    lines = {line["step"]: line for line in found}
+    assert list(lines) == ["cp_input", "cat", "read", "load", "inspect", "depth", "cp_output", "width", "ratios"]
+    assert lines["cp_input"]["output_bytes"] == lines["cp_input"]["input_bytes"]
+    assert lines["cp_output"]["output_bytes"] == lines["depth"]["output_bytes"] < lines["depth"]["input_bytes"]
+    assert lines["width"]["output_bytes"] < lines["depth"]["input_bytes"]
+    assert 0.05 < lines["depth"]["peak_rss_gib"] < 1
+    assert lines["ratios"]["depth_to_cp_of_input_and_output"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- programs as text ------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture
-def parser(monkeypatch):
+def benchmark(monkeypatch):
+    """Callable name -> the module of that name among the benchmarks."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("compiled_text")
+    before = {*sys.modules}
+    yield importlib.import_module
+    for name in {"compiled_text", "tower_share", "models", "plan"} - before:
+        sys.modules.pop(name, None)
 
 
 # Two tokens over three layers: weights are sliced inside a nested fusion, the cache is updated in place, a copy of the
@@ -79,9 +139,9 @@ ENTRY %main (a: bf16[6,8]) -> (s32[], bf16[6,8]) {
 """
 
 
-def test_a_loop_reads_its_slices_and_updates_in_place(parser):
+def test_a_loop_reads_its_slices_and_updates_in_place(benchmark):
     layer, update, head = 8 * 8 * 2, 8 * 2, 6 * 8 * 2
-    assert parser.hbm_bytes(HLO) == 2 * (3 * (layer + update) + head) + 2 * head
+    assert benchmark("compiled_text").hbm_bytes(HLO) == 2 * (3 * (layer + update) + head) + 2 * head
 
 
 STEP = """\
@@ -129,25 +189,7 @@ ENTRY %main.1 (p.5: bf16[4,8]) -> bf16[4,8] {
 """  # noqa: E501 (as XLA writes it)
 
 
-def test_collectives_count_as_often_as_their_loop_runs(parser):
-    assert parser.collective_bytes(STEP) == {
-        "all-gather": 5 * 4 * 8 * 2 * 3 // 4,  # in two fusions, which are one
-        "all-reduce": 5 * 2 * (16 * 4 + 4 * 2) * 3 // 4,
-        "collective-permute": 2 * 4 * 4 + 4 * 2 * 8 * 2,  # called from two places, and a ring unrolled by two
-        "reduce-scatter": 6 * 4,
-    }
-
-
-@pytest.mark.parametrize(("source", "times"), [("jit(step)/dot_general", 1), ("jit(step)/while/body/dot_general", 5)])
-def test_gathers_that_the_compiler_spreads_over_a_loop_run_once(parser, source, times):
-    """For example a weight's, over the chunks of a delta net that does not use it."""
-    spread = STEP.replace("%fused", "%async_collective_fusion")
-    spread = spread.replace("dimensions={0}\n}", f'dimensions={{0}}, metadata={{op_name="{source}"}}\n}}')
-    assert parser.collective_bytes(spread)["all-gather"] == times * 4 * 8 * 2 * 3 // 4
-
-
-def test_what_starts_a_collective_names_its_operands_as_well(parser):
-    lines = """\
+STARTS = """\
 ENTRY %main.2 (p.7: bf16[4,8]) -> bf16[4,8] {
   %one = (bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, bf16[4,8]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p.7), channel_id=1, source_target_pairs={{0,1},{1,0}}
   %gone = bf16[4,8]{1,0} collective-permute-done(%one)
@@ -155,19 +197,58 @@ ENTRY %main.2 (p.7: bf16[4,8]) -> bf16[4,8] {
   %three = (f32[16]{0}, f32[4]{0}) all-reduce-start(%c, %d), channel_id=3, replica_groups={{0,1}}, to_apply=%add.1
 }
 """  # noqa: E501 (as XLA writes it)
-    assert parser.collective_bytes(lines) == {
-        "all-gather": (4 * 8 * 2 + 6 * 4) // 2,
-        "all-reduce": (16 + 4) * 4,
-        "collective-permute": 4 * 8 * 2,
-    }
-
-
-def test_what_crosses_slices_is_listed_apart(parser):
-    """The compiler turns it into transfers of the hosts, and numbers the devices of other collectives in a slice."""
-    text = """\
+SLICES = """\
 ENTRY %main.3 (p: bf16[64,8]) -> bf16[64,8] {
   %recv.1 = (bf16[64,8]{1,0:T(8,128)(2,1)}, u32[], token[]) recv(%after-all.1), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
   %all = f32[16]{0} all-reduce(%y), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
 }
 """  # noqa: E501 (as XLA writes it)
-    assert parser.collective_bytes(text) == {"all-reduce": 2 * 16 * 4 * 3 // 4, "all-reduce between slices": 64 * 8 * 2}
+GATHER = 4 * 8 * 2 * 3 // 4
+
+
+def spread(source):
+    """The step whose gathers the compiler spreads over a loop: those of a weight, or over the chunks of a delta net."""
+    text = STEP.replace("%fused", "%async_collective_fusion")
+    return text.replace("dimensions={0}\n}", f'dimensions={{0}}, metadata={{op_name="{source}"}}\n}}')
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            STEP,  # collectives count as often as their loop runs
+            {
+                "all-gather": 5 * GATHER,  # in two fusions, which are one
+                "all-reduce": 5 * 2 * (16 * 4 + 4 * 2) * 3 // 4,
+                "collective-permute": 2 * 4 * 4 + 4 * 2 * 8 * 2,  # called from two places, and a ring unrolled by two
+                "reduce-scatter": 6 * 4,
+            },
+        ),
+        # what is spread over a loop that does not use it runs once
+        (spread("jit(step)/dot_general"), {"all-gather": GATHER}),
+        (spread("jit(step)/while/body/dot_general"), {"all-gather": 5 * GATHER}),
+        # what starts a collective names its operands as well
+        (STARTS, {"all-gather": (64 + 24) // 2, "all-reduce": (16 + 4) * 4, "collective-permute": 64}),
+        # what crosses slices is a transfer of the hosts; devices of other collectives are numbered in a slice
+        (SLICES, {"all-reduce": 2 * 16 * 4 * 3 // 4, "all-reduce between slices": 64 * 8 * 2}),
+    ],
+    ids=["loops", "once", "each", "starts", "slices"],
+)
+def test_bytes_that_collectives_receive(benchmark, text, expected):
+    found = benchmark("compiled_text").collective_bytes(text)
+    assert {name: found[name] for name in expected} == expected
+    assert text.startswith("HloModule") or found.keys() == expected.keys()
+
+
+# --- share of the vision tower ---------------------------------------------------------------------------------------
+
+
+def test_the_study_has_the_table_that_the_script_prints(benchmark, capsys):
+    tower_share = benchmark("tower_share")
+    tower_share.main()
+    table = capsys.readouterr().out
+    assert table in (ROOT / "docs/explanation/study.md").read_text(encoding="utf-8")
+    assert "|LLaVA-1.5-7B|655|4|1.40|1.01|" in table
+    assert tower_share.gain(1.0, 0.5) == 2.0
+    assert tower_share.gain(0.0) == 1.0
+    assert tower_share.gain(0.5, 0.4) == pytest.approx(1 / 0.8)
