@@ -288,17 +288,6 @@ def reference_units(name, ranges):
 
 
 @pytest.mark.parametrize(
-    ("name", "s", "heads", "neurons"), [("llava", 0.6, 19, 6605), ("bunny", 0.28, 8, 2868), ("internvl", 0.3, 9, 2458)]
-)
-def test_sparsity_truncates_as_the_reference(name, s, heads, neurons):
-    units, _ = reference_units(name, "C")
-    widths, whole = widths_at(units, s), units[5].whole
-    gone = {axis: whole[axis] - kept for axis, kept in widths.counts[units[5]].items()}
-    assert gone == {"kv_heads": heads, "mlp": neurons}
-    assert widths.counts[units[2]] == whole
-
-
-@pytest.mark.parametrize(
     ("name", "ranges", "percents", "target", "s", "heads", "neurons"),
     [
         ("llava", "A", (9.72, 12.42, 14.58, 19.44, 29.69, 39.41), 0.15, 0.3123, 10, 3438),

@@ -132,87 +132,54 @@ def test_fingerprint_sees_every_tensor_layer_and_shape():
     ],
 )
 def test_score_refuses(request_, message):
-    cfg = config(EQUAL)
-    refused(message, score, model(cfg), **{"batches": [batch(cfg)], **request_})
+    refused(message, score, model(config(EQUAL)), **{"batches": [batch(config(EQUAL))], **request_})
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"attention_mask": None}, r"calibration batch 1: a batch lacks attention_mask \(found input_ids,"),
-        ({"labels": None}, "calibration batch 1: a batch lacks labels"),
-        ({"labels": np.zeros((4, 3))}, r"calibration batch 1: labels has shape \(4, 3\), but input_ids has shape \(4"),
-        ({"labels": np.full((4, 9), 62)}, r"calibration batch 1: labels\[0, 0\] = 62 is neither -100 \(ignored\) nor"),
-        ({"input_ids": np.full((4, 9), 70)}, r"calibration batch 1: input_ids\[0, 0\] = 70 is outside the vocabulary"),
-        ({"pixel_values": np.zeros((4, 3, 6, 6))}, "calibration batch 1: pixel_values is not for a model without"),
-        ({"pixel_values": np.zeros((4, 1, 3, 6, 6))}, "calibration batch 1: pixel_values is not for a model without"),
-    ],
-)
-def test_calibration_batches_refuse(change, message):
-    cfg = config(EQUAL)
-    good = batch(cfg)
-    bad = {name: array for name, array in {**good, **change}.items() if array is not None}
-    refused(message, score, model(cfg), [good, bad], criterion="taylor")
-
-
-def test_what_cannot_be_scored():
-    cfg = config(EQUAL)
-    blank = {**batch(cfg), "labels": np.full((4, 9), -100)}
-    refused("have no labels", score, model(cfg), [blank], criterion="taylor")
-    empty = {**batch(cfg), "attention_mask": np.zeros((4, 9), int)}
-    refused("contain only padding: every attention_mask is 0", score, model(cfg), [empty], criterion="block_influence")
-    adapted = model(dataclasses.replace(cfg, lora=LoraConfig(2, 4.0, 0.0, ("q_proj",))))
+def test_calibration_batches_refuse():
+    one, good = model(config(EQUAL)), batch(config(EQUAL))
+    for change, fact in (
+        ({"attention_mask": None}, r"a batch lacks attention_mask \(found input_ids,"),
+        ({"labels": None}, "a batch lacks labels"),
+        ({"labels": np.zeros((4, 3))}, r"labels has shape \(4, 3\), but input_ids has shape \(4"),
+        ({"labels": np.full((4, 9), 62)}, r"labels\[0, 0\] = 62 is neither -100 \(ignored\) nor"),
+        ({"input_ids": np.full((4, 9), 70)}, r"input_ids\[0, 0\] = 70 is outside the vocabulary"),
+        ({"pixel_values": np.zeros((4, 3, 6, 6))}, "pixel_values is not for a model without"),
+        ({"pixel_values": np.zeros((4, 1, 3, 6, 6))}, "pixel_values is not for a model without"),
+    ):
+        bad = {name: array for name, array in {**good, **change}.items() if array is not None}
+        refused(f"calibration batch 1: {fact}", score, one, [good, bad], criterion="taylor")
+    blank = {**good, "labels": np.full((4, 9), -100)}
+    refused("have no labels", score, one, [blank], criterion="taylor")
+    empty = {**good, "attention_mask": np.zeros((4, 9), int)}
+    refused("contain only padding: every attention_mask is 0", score, one, [empty], criterion="block_influence")
+    adapted = model(dataclasses.replace(one.cfg, lora=LoraConfig(2, 4.0, 0.0, ("q_proj",))))
     for criterion in ("l1", "block_influence"):
-        refused(f"'{criterion}' needs a model without LoRA", score, adapted, [batch(cfg)], criterion=criterion)
-
-
-LAYERS = len(EQUAL)
+        refused(f"'{criterion}' needs a model without LoRA", score, adapted, [good], criterion=criterion)
 
 
 def wrong(*arguments, **options):
     raise KeyError("my mistake")
 
 
-RETURNED = {
-    "nothing": lambda model: None,
-    "other keys": lambda model: {"importance": np.zeros(LAYERS)},
-    "a list": lambda model: [1.0] * LAYERS,
-    "a text": lambda model: {Key("text", None, "layers"): "high"},
-    "texts": lambda model: {Key("text", None, "layers"): np.array(["a"] * LAYERS)},
-    "objects": lambda model: {Key("text", None, "layers"): [None] * LAYERS},
-    "too few": lambda model: layer_scores(np.zeros(2)),
-    "too much": lambda model: {**layer_scores(np.zeros(LAYERS)), Key("text", 0, "mlp"): np.zeros(12)},
-    "not a number": lambda model: layer_scores(np.full(LAYERS, np.nan)),
-}
-
-
-@pytest.fixture
-def add(monkeypatch):
-    """Callable: a criterion "mine" of these arguments, for the time of a test."""
-    return lambda *arguments, **more: monkeypatch.setitem(CRITERIA, "mine", Criterion(*arguments, **more))
-
-
-@pytest.mark.parametrize("name", RETURNED)
-def test_what_a_criterion_returns(add, name):
-    add(("layers",), "weights", RETURNED[name])
-    refused(r"criterion 'mine'|importance|mine", vp.score, model(config()), criterion="mine")
-
-
-@pytest.mark.parametrize("needs", ["weights", "activations", "labels"])
-def test_a_criterion_that_fails(add, needs):
-    finish = {"finish": lambda sums, model: layer_scores(np.zeros(LAYERS))} if needs == "activations" else {}
-    add(("layers",), needs, wrong, **finish)
-    batches = None if needs == "weights" else [batch(config())]
-    refused(
-        r"'mine' failed at .*test_scores.py:\d+ with KeyError", vp.score, model(config()), batches, criterion="mine"
-    )
-
-
-def test_sums_and_an_end_that_do_not_fit(add):
-    add(("layers",), "activations", lambda layer, tokens: {"n": jnp.zeros(3)}, finish=wrong)
-    refused(r"'mine' failed .*KeyError", vp.score, model(config()), [batch(config())], criterion="mine")
-    add(("layers",), "activations", lambda layer, tokens: jnp.zeros(3), finish=lambda sums, model: sums)
-    refused(r"<lambda> returned float32\[3\], expected", vp.score, model(config()), [batch(config())], criterion="mine")
+def test_criteria_of_ones_own_that_fail_or_return_something_else(monkeypatch):
+    n_layers, key, zeros = len(EQUAL), Key("text", None, "layers"), layer_scores(np.zeros(len(EQUAL)))
+    failed, end = r"'mine' failed at .*test_scores.py:\d+ with KeyError", {"finish": lambda sums, model: zeros}
+    returned = (
+        None, {"importance": np.zeros(n_layers)}, [1.0] * n_layers, {key: "high"}, {key: np.array(["a"] * n_layers)},
+        {key: [None] * n_layers}, {**zeros, Key("text", 0, "mlp"): np.zeros(12)},
+        *(layer_scores(np.array(values)) for values in ([0.0, 0.0], [np.nan] * n_layers)),
+    )  # fmt: skip
+    for needs, function, more, fact in (
+        *(("weights", lambda model, parts=parts: parts, {}, "criterion 'mine'|importance|mine") for parts in returned),
+        ("weights", wrong, {}, failed),
+        ("labels", wrong, {}, failed),
+        ("activations", wrong, end, failed),
+        ("activations", lambda layer, tokens: {"n": jnp.zeros(3)}, {"finish": wrong}, r"'mine' failed .*KeyError"),
+        ("activations", lambda layer, tokens: jnp.zeros(3), end, r"<lambda> returned float32\[3\], expected"),
+    ):
+        monkeypatch.setitem(CRITERIA, "mine", Criterion(("layers",), needs, function, **more))
+        batches = None if needs == "weights" else [batch(config())]
+        refused(fact, vp.score, model(config()), batches, criterion="mine")
 
 
 # Folder -> its tower's, fingerprint, and digest of the tower alone (in feature caches), as version 0.1 had them.

@@ -352,25 +352,19 @@ def moved(scores, component):
     return dataclasses.replace(scores, values=values)
 
 
-@pytest.mark.parametrize(
-    ("scores", "method", "fact"),
-    [
-        (depth_scores(config(UNEQUAL), [0, 1, 2, 3]), "depth", "these scores are for another model"),
-        (BY_WIDTH, "depth", "l1 does not score layers: for depth pruning"),
-        (BY_DEPTH, "width", "block_influence does not score heads and neurons"),
-        ((BY_WIDTH, BY_WIDTH), "depth", "one Scores object, got tuple"),
-        (BY_DEPTH, "hybrid", "method 'hybrid' needs a pair of scores, got Scores: pass scores="),
-        ((BY_DEPTH, dataclasses.replace(BY_WIDTH, fingerprint="a-b")), "hybrid", "are for different models"),
-        (moved(BY_DEPTH, "audio"), "depth", "no stack of layers 'audio'"),
-        (moved(BY_WIDTH, "audio"), "width", "no stack of layers 'audio'"),
-    ],
-)
-def test_scores_of_another_model_or_kind_are_refused(scores, method, fact):
-    refused(fact, make_plan, scores, CFG, method=method, ratio=0.1)
-
-
-def test_scores_of_another_stack_are_refused():
-    cfg = config(EQUAL, vision=True).with_layers(TOWER, "vision")
-    for method, scores in (("depth", depth_scores(cfg, [*range(5)])), ("width", width_scores(cfg))):
-        refused("the vision stack of this model", make_plan, moved(scores, "vision"), cfg, method=method, ratio=0.01)
-    refused("the text stack", make_plan, moved(tower_scores(cfg), "text"), cfg, method="width", ratio=0.01)
+def test_scores_of_another_model_stack_or_kind_are_refused():
+    seeing = config(EQUAL, vision=True).with_layers(TOWER, "vision")
+    for cfg, scores, method, fact in (
+        (CFG, depth_scores(config(UNEQUAL), [0, 1, 2, 3]), "depth", "these scores are for another model"),
+        (CFG, BY_WIDTH, "depth", "l1 does not score layers: for depth pruning"),
+        (CFG, BY_DEPTH, "width", "block_influence does not score heads and neurons"),
+        (CFG, (BY_WIDTH, BY_WIDTH), "depth", "one Scores object, got tuple"),
+        (CFG, BY_DEPTH, "hybrid", "method 'hybrid' needs a pair of scores, got Scores: pass scores="),
+        (CFG, (BY_DEPTH, dataclasses.replace(BY_WIDTH, fingerprint="a-b")), "hybrid", "are for different models"),
+        (CFG, moved(BY_DEPTH, "audio"), "depth", "no stack of layers 'audio'"),
+        (CFG, moved(BY_WIDTH, "audio"), "width", "no stack of layers 'audio'"),
+        (seeing, moved(depth_scores(seeing, [*range(5)]), "vision"), "depth", "the vision stack of this model"),
+        (seeing, moved(width_scores(seeing), "vision"), "width", "the vision stack of this model"),
+        (seeing, moved(tower_scores(seeing), "text"), "width", "the text stack"),
+    ):
+        refused(fact, make_plan, scores, cfg, method=method, ratio=0.01)

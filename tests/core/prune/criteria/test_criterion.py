@@ -232,16 +232,6 @@ def test_text_has_two_kinds_and_one_kind_is_not_told_apart():
     refused("has no option 'image_weight'", score, model(cfg), criterion="l1", image_weight=0.5)
 
 
-def test_files_hold_them(tmp_path):
-    for criterion in ("block_influence", "activation"):
-        scores = found(criterion)
-        scores.save(tmp_path / "scores.npz")
-        again = Scores.load(tmp_path / "scores.npz")
-        assert_scores(again, scores)
-    dataclasses.replace(scores, by_token_type={}).save(tmp_path / "total.npz")
-    assert Scores.load(tmp_path / "total.npz").by_token_type == {}
-
-
 def test_a_criterion_that_weighs_nothing_is_not_split(monkeypatch):
     own = dataclasses.replace(
         CRITERIA["block_influence"], function=lambda layer, tokens: {"one": jnp.float32(1)},
@@ -303,6 +293,7 @@ def test_rows_may_be_cut_ordered_and_padded_in_any_way(criterion, stack, tmp_pat
     assert_near(found, scores_in_order(criterion, stack))
     found.save(tmp_path / "scores.npz")
     again = Scores.load(tmp_path / "scores.npz")
+    assert_scores(again, found)
     assert (again.components, again.criterion) == ((stack,), criterion)
     depth = {"method": "depth", "layers_removed": 2 if criterion == "angular" else 1}
     plan = make_plan(again, ONE.cfg, **({"method": "width", "ratio": 0.02} if again.axes else depth))
