@@ -290,9 +290,7 @@ def test_what_is_there_is_shown_and_what_is_missing_is_named(workdir, capsys):
     assert "150 (149 to 155)" in page
 
     def missing():
-        return {
-            what: command.split()[0].removeprefix("vlmprune ") for what, command in read_unfinished(workdir).missing
-        }
+        return {what: command.split()[1] for what, command in read_unfinished(workdir).missing}
 
     (workdir / "width/eval/pruned.json").unlink()
     assert missing()["the scores of width"] == "evaluate"
