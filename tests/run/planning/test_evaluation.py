@@ -5,6 +5,7 @@ import importlib
 import jax
 import pytest
 import recover_cases as cases
+from experiment_cases import write_experiment
 from prune_cases import config
 from refusal import refused
 from repository import ROOT
@@ -20,18 +21,6 @@ from vlmprune_jax.run.planning.ahead_of_time import make_slice
 from vlmprune_jax.run.planning.evaluation import BATCH, BENCHMARKS, bound, plan_evaluation
 from vlmprune_jax.run.workdir.artefact import read_artefact
 from vlmprune_jax.run.workdir.tpu_plan import TpuPlan
-
-CONFIG = """
-from vlmprune_jax.run.cli.config_files import experiment_config
-
-def get_config():
-    config = experiment_config()
-    config.model.hf_dir = {folder!r}
-    config.prune.layers_removed = 1
-    config.recover.method = "none"
-    config.evaluate.batch_size = 6
-    return config
-"""
 
 
 @pytest.fixture
@@ -90,8 +79,9 @@ def test_memory_and_times_follow_from_the_shapes():
 
 
 def test_the_command_plans_evaluation_without_training(goldens, tmp_path, capsys):
-    (tmp_path / "config.py").write_text(CONFIG.format(folder=str(goldens / "ckpt/llava_hf")))
-    flags = [f"--config={tmp_path / 'config.py'}", "--topology=v5e:2x2", f"--save={tmp_path / 'p.json'}"]
+    sections = {"prune": {"layers_removed": 1}, "recover": {"method": "none"}, "evaluate": {"batch_size": 6}}
+    config = write_experiment(tmp_path, goldens, [], goldens / "ckpt/llava_hf", **sections)
+    flags = [config, "--topology=v5e:2x2", f"--save={tmp_path / 'p.json'}"]
     assert main(["plan", *flags, "--evaluation"]) == 0, capsys.readouterr().err
     assert "1,000 questions, bf16 at least, in seconds (tower + prefill + decoding): MMMU" in capsys.readouterr().out
     [planned] = read_artefact(tmp_path / "p.json", TpuPlan).evaluations.values()

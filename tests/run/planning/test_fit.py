@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recover_cases as cases
+from experiment_cases import write_experiment
 from jax.sharding import NamedSharding, PartitionSpec
 from refusal import refused
 from repository import ROOT, full_size_models
@@ -35,29 +36,21 @@ from vlmprune_jax.run.planning.ahead_of_time import Compiled, DoesNotFit, compil
 from vlmprune_jax.run.workdir.artefact import read_artefact
 from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan
 
-CONFIG = """
-from vlmprune_jax.run.cli.config_files import experiment_config
-
-def get_config():
-    config = experiment_config()
-    config.model.hf_dir = {folder!r}
-    config.model.dtype = "bfloat16"
-    config.data.max_length = 128
-    config.prune.layers_removed = 1
-    config.recover.batch_size = 8
-    config.recover.accumulation = 2
-    config.recover.compute_dtype = "bfloat16"
-    config.recover.remat = "full"
-    config.recover.lora.rank = 8
-    config.recover.losses = {{"ce": 0.5, "l2": 0.5}}
-    config.mesh.fsdp = -1
-    return config
-"""
+SECTIONS = {
+    "data": {"train": None, "max_length": 128},
+    "prune": {"layers_removed": 1},
+    "recover": {
+        "batch_size": 8, "accumulation": 2, "compute_dtype": "bfloat16", "remat": "full", "lora": {"rank": 8},
+        "losses": {"ce": 0.5, "l2": 0.5},
+    },
+    "mesh": {"fsdp": -1},
+}  # fmt: skip
+DTYPE = "--config.model.dtype=bfloat16"
 
 
 @pytest.fixture(scope="module")
-def experiment_file(tmp_path_factory):
-    """A config for a LLaVA folder that holds config.json and nothing else."""
+def experiment(tmp_path_factory, goldens):
+    """Flags of a config for a LLaVA folder that holds config.json and nothing else."""
     folder = tmp_path_factory.mktemp("plan")
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
     text = {
@@ -72,13 +65,11 @@ def experiment_file(tmp_path_factory):
         "text_config": text, "vision_config": vision,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    path = folder / "experiment.py"
-    path.write_text(CONFIG.format(folder=str(folder)))
-    return path
+    return [write_experiment(folder, goldens, [], folder, **SECTIONS), DTYPE]
 
 
 @pytest.fixture
-def plan(experiment_file, monkeypatch, tmp_path, capsys):
+def plan(experiment, monkeypatch, tmp_path, capsys):
     """Callable (*flags) -> exit code and output of `vlmprune plan` for v5e:2x2; nothing is compiled.
 
     `compiled_for`: the arguments of every program. `needed`: bytes that it needs, of 16 GiB.
@@ -92,7 +83,7 @@ def plan(experiment_file, monkeypatch, tmp_path, capsys):
 
     def call(*flags):
         saved = f"--save={tmp_path / TPU_PLAN}"
-        code = main(["plan", f"--config={experiment_file}", "--topology=v5e:2x2", saved, *flags])
+        code = main(["plan", *experiment, "--topology=v5e:2x2", saved, *flags])
         out, err = capsys.readouterr()
         return code, out + err
 
@@ -187,8 +178,8 @@ def test_slices_lie_along_data():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-def test_a_small_step_compiles_for_tpus(topology, experiment_file, tmp_path, capsys):
-    flags = [f"--config={experiment_file}", f"--topology={topology}", "--records=80", f"--workdir={tmp_path}"]
+def test_a_small_step_compiles_for_tpus(topology, experiment, tmp_path, capsys):
+    flags = [*experiment, f"--topology={topology}", "--records=80", f"--workdir={tmp_path}"]
     with jax.default_matmul_precision("default"):  # the kernels do not compile for float32 products of bfloat16
         assert main(["plan", *flags]) == 0
     said = capsys.readouterr().out
@@ -209,9 +200,8 @@ def test_a_small_step_compiles_for_tpus(topology, experiment_file, tmp_path, cap
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 def test_images_of_any_size_are_planned_by_their_largest_bucket(goldens, tmp_path, family):
     """The whole step compiles: windows, deepstack and positions in three rows, at the tokens of the largest image."""
-    path = tmp_path / "experiment.py"
-    path.write_text(CONFIG.format(folder=str(goldens / "families" / family / "ckpt")))
-    flags = [f"--config={path}", "--topology=v5e:2x2", "--records=80", f"--workdir={tmp_path}"]
+    config = write_experiment(tmp_path, goldens, [], goldens / "families" / family / "ckpt", **SECTIONS)
+    flags = [config, DTYPE, "--topology=v5e:2x2", "--records=80", f"--workdir={tmp_path}"]
     with jax.default_matmul_precision("default"):
         assert main(["plan", *flags, "--config.data.max_image_tokens=64"]) == 0
     [told] = read_artefact(tmp_path / TPU_PLAN, TpuPlan).recoveries.values()
