@@ -52,18 +52,10 @@ DTYPE = "--config.model.dtype=bfloat16"
 def experiment(tmp_path_factory, goldens):
     """Flags of a config for a LLaVA folder that holds config.json and nothing else."""
     folder = tmp_path_factory.mktemp("plan")
-    tower = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
-    text = {
-        "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
-        "hidden_act": "silu", "rope_theta": 1e4, "tie_word_embeddings": False,
-    }  # fmt: skip
-    vision = {"model_type": "clip_vision_model", **tower, "image_size": 28, "patch_size": 14, "projection_dim": 64}
-    config = {
-        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 500,
-        "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "projector_hidden_act": "gelu",
-        "text_config": text, "vision_config": vision,
-    }  # fmt: skip
+    config = json.loads((goldens / "ckpt/llava_hf/config.json").read_text())
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config["text_config"] |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, **heads}
+    config["vision_config"] |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
     (folder / "config.json").write_text(json.dumps(config))
     return [write_experiment(folder, goldens, [], folder, **SECTIONS), DTYPE]
 
@@ -124,7 +116,7 @@ def test_cached_features_take_the_tower_out_of_the_plan(plan):
     assert [any(path.startswith("vision/") for path in paths) for paths in held] == [True, False, True]
     pixels, features = (batch["media"]["vision"].values for *_, batch in plan.compiled_for[:2])
     assert pixels.shape[-3] == 3
-    assert (features.shape, features.dtype) == ((8, 1, 4, 64), jnp.bfloat16)
+    assert (features.shape, features.dtype) == ((8, 1, 16, 64), jnp.bfloat16)
 
 
 def test_buckets_are_planned_by_the_largest(plan):
@@ -144,7 +136,7 @@ def test_buckets_are_planned_by_the_largest(plan):
         (["--topology=v5e"], "'v5e' is not GENERATION:SIZES or GENERATION:SIZES:SLICES: use for example v5e:"),
         (["--topology=v5e:3x5"], "use one of v5e: 2x2, 2x4"),
         (["--config.data.length_buckets=(32,64)"], "must end with data.max_length=128"),
-        (["--config.data.max_image_tokens=64"], "data.max_image_tokens=64: every image of this model has 4 tokens"),
+        (["--config.data.max_image_tokens=64"], "data.max_image_tokens=64: every image of this model has 16 tokens"),
         (["--config.mesh.fsdp=2"], "needs 2 devices but there are 4"),
         ([CACHED_FEATURES, "--config.recover.trainable=all"], "trains the vision tower, which changes its features"),
     ],
