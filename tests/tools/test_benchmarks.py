@@ -206,8 +206,16 @@ ENTRY %main.3 (p: bf16[64,8]) -> bf16[64,8] {
 GATHER = 4 * 8 * 2 * 3 // 4
 
 
+LOOPS = {
+    "all-gather": 5 * GATHER,  # in two fusions, which are one
+    "all-reduce": 5 * 2 * (16 * 4 + 4 * 2) * 3 // 4,
+    "collective-permute": 2 * 4 * 4 + 4 * 2 * 8 * 2,  # called from two places, and a ring unrolled by two
+    "reduce-scatter": 6 * 4,
+}
+
+
 def spread(source):
-    """The step whose gathers the compiler spreads over a loop: those of a weight, or over the chunks of a delta net."""
+    """The step whose gathers the compiler spreads over a loop, for example a weight's over the chunks of another."""
     text = STEP.replace("%fused", "%async_collective_fusion")
     return text.replace("dimensions={0}\n}", f'dimensions={{0}}, metadata={{op_name="{source}"}}\n}}')
 
@@ -215,18 +223,9 @@ def spread(source):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (
-            STEP,  # collectives count as often as their loop runs
-            {
-                "all-gather": 5 * GATHER,  # in two fusions, which are one
-                "all-reduce": 5 * 2 * (16 * 4 + 4 * 2) * 3 // 4,
-                "collective-permute": 2 * 4 * 4 + 4 * 2 * 8 * 2,  # called from two places, and a ring unrolled by two
-                "reduce-scatter": 6 * 4,
-            },
-        ),
-        # what is spread over a loop that does not use it runs once
-        (spread("jit(step)/dot_general"), {"all-gather": GATHER}),
-        (spread("jit(step)/while/body/dot_general"), {"all-gather": 5 * GATHER}),
+        (STEP, LOOPS),  # as often as their loop runs
+        (spread("jit(step)/dot_general"), LOOPS | {"all-gather": GATHER}),  # once where the loop does not use it
+        (spread("jit(step)/while/body/dot_general"), LOOPS),
         # what starts a collective names its operands as well
         (STARTS, {"all-gather": (64 + 24) // 2, "all-reduce": (16 + 4) * 4, "collective-permute": 64}),
         # what crosses slices is a transfer of the hosts; devices of other collectives are numbered in a slice
@@ -235,9 +234,7 @@ def spread(source):
     ids=["loops", "once", "each", "starts", "slices"],
 )
 def test_bytes_that_collectives_receive(benchmark, text, expected):
-    found = benchmark("compiled_text").collective_bytes(text)
-    assert {name: found[name] for name in expected} == expected
-    assert text.startswith("HloModule") or found.keys() == expected.keys()
+    assert benchmark("compiled_text").collective_bytes(text) == expected
 
 
 # --- share of the vision tower ---------------------------------------------------------------------------------------
