@@ -1,5 +1,6 @@
 """Writing Hugging Face folders: byte for byte, atomically, with everything that belongs into one."""
 
+import itertools
 import json
 import os
 import shutil
@@ -30,7 +31,6 @@ import vlmprune_jax as vp
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.params import init_params
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
-from vlmprune_jax.io.exports.reload import check_export
 
 
 @pytest.fixture
@@ -41,22 +41,19 @@ def llama(tmp_path):
 # The same bytes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", [None, (2, 2, 2)], ids=["one_device", "mesh"])
 @pytest.mark.parametrize("name", ["llava_hf", "llava_orig", "llava_orig_bin", "llama_gqa"])
-def test_round_trip_is_bitwise(goldens, tmp_path, name, mesh):
+def test_round_trip_is_bitwise(goldens, tmp_path, name):
     source = goldens / "ckpt" / name
     tower = goldens / "ckpt/clip_tower" if "orig" in name else None
-    model = vp.load(source, vision_dir=tower, mesh=mesh and make_mesh(*mesh))
+    model = vp.load(source, vision_dir=tower, mesh=make_mesh(2, 2, 2) if name == "llava_hf" else None)
     vp.save(model, tmp_path / "out", source_dir=source, dtype="source")
     assert_same_tensors(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])
-def test_narrow_dtypes_and_shards_are_bitwise(llama, tmp_path, monkeypatch, stored):
+def test_narrow_dtypes_and_shards_are_bitwise(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("vlmprune_jax.io.exports.folder.MAX_SHARD_BYTES", 20_000)
-    edit_weights(
-        llama, lambda held: {key: value.astype("f4" if "norm" in key else stored) for key, value in held.items()}
-    )
+    stored = itertools.cycle([np.float16, ml_dtypes.bfloat16, np.float32])
+    edit_weights(llama, lambda held: {key: value.astype(next(stored)) for key, value in held.items()})
     vp.save(vp.load(llama), tmp_path / "out", source_dir=llama, dtype="source")
     assert_same_tensors(llama, tmp_path / "out")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -101,8 +98,9 @@ def test_depth_pruned_layers_are_renumbered(goldens, tmp_path):
     assert vp.PrunePlan.from_json(tmp_path / "out/plan.json") == plan
 
 
-@pytest.mark.parametrize("rename", ["transformers_5", "transformers_4_52", "saved_by_5"])
-@pytest.mark.parametrize("name", ["llava", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "rename"), [("gemma3", "transformers_5"), ("llava", "transformers_4_52"), ("llava", "saved_by_5")]
+)
 def test_exports_are_spelled_as_on_the_hub(tmp_path, name, rename):
     """Whatever the source's spelling: transformers 4.57, vLLM and mlx-vlm know no other, of unused tensors as well."""
     hub = make_vlm_folder(tmp_path / "hub", gemma3_config() if name == "gemma3" else LLAVA)
@@ -117,7 +115,7 @@ def test_exports_are_spelled_as_on_the_hub(tmp_path, name, rename):
     assert set(load_file(tmp_path / "out/model.safetensors")) < set(load_file(hub / "model.safetensors"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "source"])
+@pytest.mark.parametrize("dtype", ["float16", "source"])
 def test_dtype_of_weights_and_config(tmp_path, dtype):
     source = make_folder(tmp_path / "llava", {**LLAVA, "text_config": {**LLAVA["text_config"], "dtype": "float32"}})
     vp.save(vp.load(source), tmp_path / "out", source_dir=source, dtype=dtype)
@@ -209,7 +207,6 @@ def test_per_layer_keeps_true_sizes(uneven, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     assert "trust_remote_code=True" in (tmp_path / "out/README.md").read_text()
     assert (tmp_path / "out/modeling_per_layer.py").is_file()
-    assert check_export(model, tmp_path / "out")["backend"] == "torch"
 
 
 def test_pad_is_the_same_function(uneven, tmp_path):
@@ -229,7 +226,6 @@ def test_pad_is_the_same_function(uneven, tmp_path):
     assert "padded with zeros: each with 4 key/value heads, 12 query heads, 20 neurons, heads of 12 channels" in card
     after, before = vp.count_params(padded.cfg), vp.count_params(model.cfg)
     assert f"{after:,} parameters in files, memory and computation instead of {before:,}" in card
-    assert check_export(model, tmp_path / "out")["backend"] == "torch"
     fact = 'one width for all layers: .*uneven="pad"'
     refused(fact, vp.save, model, tmp_path / "no", source_dir=source, uneven="refuse")
     assert not (tmp_path / "no").exists()
