@@ -32,8 +32,13 @@ DEVICES = 8
 DROPPED = 5  # removed layers of 32: middle layers with one kept between them, so that three runs of layers remain
 
 
-def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
-    """Write a checkpoint with random bfloat16 weights below 2, cut from the same 64 MiB of noise at random offsets."""
+def make_checkpoint(config: dict[str, Any], folder: Path, spread: float | None = None) -> None:
+    """Write a checkpoint with random bfloat16 weights, cut from the same 64 MiB of noise at random offsets.
+
+    Their bits are random (below 2), or values are normal with a standard deviation of `spread`.
+    """
+    import ml_dtypes
+
     from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, write_weights
     from vlmprune_jax.io.checkpoints.layout import make_slots
     from vlmprune_jax.io.checkpoints.read import read_config
@@ -45,7 +50,10 @@ def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
     if cfg.vision is not None and cfg.family == "llava":  # its files hold the blocks above the feature layer as well
         cfg = cfg.with_layers(cfg.vision.layers[:1] * cfg.vision.n_layers_total, "vision")
     draw = np.random.default_rng(0)
-    noise = draw.integers(0, 2**16, 2**25, np.uint16) & np.uint16(0xBFFF)
+    if spread is None:
+        noise = draw.integers(0, 2**16, 2**25, np.uint16) & np.uint16(0xBFFF)
+    else:
+        noise = draw.normal(0, spread, 2**25).astype(ml_dtypes.bfloat16).view(np.uint16)
     shapes = {slot.key: slot.hf_shape for slot in make_slots(cfg, family)}
 
     def fill(shape: tuple[int, ...]) -> np.ndarray:

@@ -240,6 +240,21 @@ MODELS["gemma4_moe"] = {  # 26B-A4B
         "use_clipped_linears": False,
     },
 }  # fmt: skip
+MODELS["internvl3-2b"] = {
+    **MODELS["internvl3-8b"], "tie_word_embeddings": False,
+    "text_config": {
+        **MODELS["internvl3-8b"]["text_config"], "hidden_size": 1536, "intermediate_size": 8960,
+        "num_attention_heads": 12, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+MODELS["qwen3vl-2b"] = {
+    **MODELS["qwen3vl"],
+    "text_config": {
+        **MODELS["qwen3vl"]["text_config"], "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+    },
+    "vision_config": {**MODELS["qwen3vl"]["vision_config"], "out_hidden_size": 2048},
+}  # fmt: skip
 # Sizes for a trial (`full_size.py --tiny`), which the tests run.
 TINY = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4,

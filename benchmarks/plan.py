@@ -85,7 +85,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     },
 }
 PROCESSORS |= dict.fromkeys(("qwen3.5-4b", "qwen3.5-9b"), PROCESSORS["qwen3vl"])
-PROCESSORS["internvl3-8b"] = PROCESSORS["internvl3.5"]
+PROCESSORS |= dict.fromkeys(("internvl3-8b", "internvl3-2b"), PROCESSORS["internvl3.5"])
+PROCESSORS["qwen3vl-2b"] = PROCESSORS["qwen3vl"]
 PROCESSORS["smolvlm-256m"] = {
     **PROCESSORS["smolvlm2"],
     "size": {"longest_edge": 2048},
