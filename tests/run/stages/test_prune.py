@@ -1,5 +1,6 @@
-"""Width pruning in several steps as the commands do it: the first from scores.npz, none scored twice."""
+"""Scores, plans and pruned models as the commands make them, of layers, widths, experts and vocabularies."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,6 +8,9 @@ import jax
 import numpy as np
 import pytest
 from experiment_cases import record, write_experiment
+from rounding import assert_same_function, double_logits
+from scipy.special import log_softmax
+from vocabulary_cases import TOPICS, texts_file, tokenized_folder
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
@@ -14,12 +18,19 @@ from vlmprune_jax.core.models.flops import layer_costs
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune import score
 from vlmprune_jax.core.prune.config import PlanConfig
+from vlmprune_jax.core.prune.surgery import trim_vocabulary
 from vlmprune_jax.io.checkpoints.read import load, read_config
+from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports import pruning
 from vlmprune_jax.io.exports.formats import ExportSpec
 from vlmprune_jax.io.exports.pruning import make_plan, prune_folder, prune_iteratively
 from vlmprune_jax.run.cli.main import main
+from vlmprune_jax.run.report.build import vocabulary_section
 from vlmprune_jax.run.stages.prune import _check_integers
+from vlmprune_jax.run.stages.vocabulary import _by_script
+from vlmprune_jax.run.workdir.artefact import read_artefact
+from vlmprune_jax.run.workdir.result import read_result
+from vlmprune_jax.run.workdir.vocabulary import VocabularyReport
 
 DEPTH, BOTH = "prune.method=depth prune.steps=1 prune.ratio=None", "prune.stack=both"
 TOWER = "prune.stack=vision prune.steps=1"
@@ -208,6 +219,110 @@ def test_experts_are_scored_again_without_a_forward_pass(goldens, tmp_path, caps
     page = (tmp_path / "w/report.html").read_text()
     assert "Importance by man of the experts of 4 layers" in page
     assert main(["score", *flags, "--overwrite", "--config.score.samples=5"]) == 2
+
+
+# --- a trimmed vocabulary -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trimmed(tmp_path_factory, goldens):
+    """A decoder with a tokenizer, texts, and a config that trims the vocabulary."""
+    root = tmp_path_factory.mktemp("vocabulary")
+    (root / "text.txt").write_text(TOPICS[1][:400])
+    sources = texts_file(root / "sources.json", [TOPICS[2][i * 100 : (i + 1) * 100] for i in range(30)])
+    write_experiment(
+        root, goldens, [record(f"r{i}", None, TOPICS[i][:60], "yes") for i in range(8)],
+        tokenized_folder(root / "teacher", "llama"),
+        data={"eval": f"{root}/records.json", "images": None, "template": "llava_v1", "max_length": 128},
+        score={"depth": "random", "samples": 2},
+        prune={"layers_removed": 1, "vocabulary": {"size": 448, "sources": [str(sources)], "multiple": 8}},
+        reconstruct={"method": "least_squares", "samples": 8},
+        recover={"trainable": "decoder", "control": False, "batch_size": 2, "steps": 2, "learning_rate": 1e-2,
+                 "losses": {"ce": 0.5, "kl": 0.5}},
+        evaluate={"text": f"{root}/text.txt", "text_window": 32, "max_new_tokens": 4},
+    )  # fmt: skip
+    return root
+
+
+def run(root, command, workdir="w", *more, code=0):
+    flags = [f"--config={root / 'experiment.yaml'}", f"--workdir={root / workdir}"]
+    assert main([command, *flags, *more]) == code
+
+
+def test_prune_reports_held_out_texts(trimmed, capsys):
+    run(trimmed, "score")
+    run(trimmed, "prune")
+    said = capsys.readouterr().out
+    assert "vocabulary: 448 of 640 tokens" in said
+    assert "on 3 held-out texts:" in said
+    report = read_artefact(trimmed / "w/vocabulary.json", VocabularyReport)
+    assert (report.rows_before, report.rows) == (640, 448)
+    sample = report.samples[0]
+    assert (sample.texts, sample.broken, sample.measured_bytes) == (3, 0, 300)
+    assert sample.tokens_after >= sample.tokens_before
+    assert sample.bits_before > 0 < sample.bits_after
+    (section,) = vocabulary_section(trimmed / "w", ["plan.json"])
+    assert section.tables[0].rows[0][:2] == ("all", "3")
+    run(trimmed, "prune")
+    assert "prune: unchanged, skipped" in capsys.readouterr().out
+    texts_file(trimmed / "sources.json", [TOPICS[4][i * 100 : (i + 1) * 100] for i in range(30)])
+    run(trimmed, "prune", code=2)
+    assert "prune.vocabulary" in capsys.readouterr().err
+
+
+def test_a_vocabulary_alone_needs_no_scores(trimmed, capsys):
+    run(trimmed, "score", "alone", "--config.prune.layers_removed=None", code=2)
+    assert "only the vocabulary is trimmed, so no scores are needed: run `vlmprune prune`" in capsys.readouterr().err
+    run(trimmed, "prune", "alone", "--config.prune.layers_removed=None")
+    assert not list((trimmed / "alone").glob("scores*"))
+    plan = vp.PrunePlan.from_json(trimmed / "alone/plan.json")
+    teacher, pruned = vp.load(trimmed / "teacher"), vp.load(trimmed / "alone/pruned")
+    assert (plan.method, plan.target_ratio, plan.removed_layers) == ("vocabulary", None, ())
+    assert pruned.cfg == plan.apply_to(teacher.cfg)
+    sources, folder = (str(trimmed / "sources.json"),), str(trimmed / "teacher")
+    tokens = {"size": 448, "sources": sources, "multiple": 8, "source_dir": folder}
+    assert vp.make_plan(None, teacher, vocabulary=tokens).vocabulary == plan.vocabulary
+    for model, options in ((teacher.cfg, {"vocabulary": tokens}), (teacher, {"ratio": 0.1})):
+        with pytest.raises(vp.UserError, match="scores=None needs the model, and is allowed only if"):
+            vp.make_plan(None, model, **options)
+    with pytest.raises(vp.UserError, match="text/vocab has 640 units in the plan, but 448 in this model"):
+        vp.apply_plan(pruned, plan)
+    capsys.readouterr()
+    whole = dataclasses.replace(plan, kept={}, tokenizer=None)
+    whole.to_json(trimmed / "whole.json")
+    assert main(["diff", str(trimmed / "alone"), str(trimmed / "whole.json")]) == 0
+    said = capsys.readouterr().out
+    assert "448 / 640" in said
+    assert "70.0 %" in said
+
+
+@pytest.mark.slow
+def test_the_whole_run(trimmed):
+    """Tokens of a text are others than the unpruned model's: what is retained is of bits per byte."""
+    run(trimmed, "run", "whole")
+    work, plan = trimmed / "whole", vp.PrunePlan.from_json(trimmed / "whole/plan.json")
+    for name in ("pruned", "reconstructed", "recovered", "export"):
+        assert vp.load(work / name).cfg == plan.apply_to(vp.load(trimmed / "teacher").cfg)
+        assert len(load_tokenizer(work / name)) <= 448
+    result = read_result(work)
+    before, after = (one.evaluation.scores["text"]["bits_per_byte"] for one in (result.teacher, result.runs[-1]))
+    assert result.runs[-1].evaluation.retained["text"] == pytest.approx(100 * before / after)
+
+
+def test_the_teacher_is_renormalised_over_the_kept_tokens(trimmed):
+    """Its log-probabilities of kept tokens, gathered and renormalised, are those of the trimmed teacher."""
+    teacher, plan = vp.load(trimmed / "teacher"), vp.PrunePlan.from_json(trimmed / "w/plan.json")
+    kept = np.array(plan.vocabulary.kept)
+    rows = np.array([[5, 300, 17, 440]])
+    gathered = double_logits(teacher, input_ids=kept[rows])[..., kept]
+    trimmed = double_logits(trim_vocabulary(teacher, plan.vocabulary), input_ids=rows)
+    renormalised = gathered - np.log(np.exp(gathered).sum(-1, keepdims=True))
+    assert_same_function(log_softmax(trimmed, -1), renormalised)
+
+
+def test_texts_by_script():
+    groups = _by_script(["abc", "где кот", "def 12", "123"])
+    assert [(name, len(texts)) for name, texts in groups] == [("Latin", 2), ("Cyrillic", 1), ("Other", 1)]
 
 
 # --- the stage `recover` trains something ----------------------------------------------------------------------------
