@@ -21,7 +21,7 @@ from vlmprune_jax.run.workdir.result import read_result
 def test_the_demo_reaches_its_numbers(tmp_path, capsys):
     """The teacher answers >= 99 % of all 9,673 questions. Pruned in depth it is worse, in width by three quarters of
     the answers, four fifths of which reconstruction wins back; trained with SFT + L2 on 5 % of the data the model with
-    fewer layers retains >= 99 % of the teacher's. The demo's other arms would take three times this test's minutes.
+    fewer layers retains >= 99 % of the teacher's. The demo's control and its other arms would take many more minutes.
     """
     config = tmp_path / "demo.py"
     config.write_text("""
@@ -31,6 +31,7 @@ from vlmprune_jax.run.cli.config_files import shipped_config
 def get_config():
     config = shipped_config("demo")
     config.prune_variants.width_reconstructed.recover = {"method": "none"}
+    config.recover.control = False
     config.speed.rounds = 1
     return config
 """)
@@ -46,9 +47,6 @@ def get_config():
     assert retained["depth-sft_l2"] >= 99
     assert runs["depth-sft_l2"].data_fraction == 0.05
     assert 82 < retained["width_reconstructed-reconstructed"] < 91
-    (control,) = result.controls
-    assert control.evaluation.retained["questions"] >= 99  # training adds nothing to a teacher this good
-    assert runs["depth-sft_l2"].evaluation.control.retained["questions"] >= 99.5
     assert result.best == "depth-sft_l2"
     assert result.export.max_abs_logit_difference < 1e-4
 
