@@ -61,7 +61,7 @@ class Case:
 
 CASES = {
     "smolvlm-256m": Case((1024, 2048), (512, 2048)),
-    "internvl3-2b": Case((448, 1344), (448, 448)),
+    "internvl3-2b": Case((448, 2240), (448, 896)),  # 5 and 2 tiles, each with a thumbnail
     "qwen3vl-2b": Case((768, 768), (384, 768)),
     "gemma3": Case((896, 896)),
     "llava": Case((336, 336), formats=("Q4_0",)),
