@@ -1,23 +1,120 @@
-"""From data settings to batches: which template, which images and which image slots a model's folder gives."""
+"""What a model's folder gives: chat template and prompts, images and their slots, and tokenizers, also damaged ones."""
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from refusal import refused
+from repository import ROOT
 
 from vlmprune_jax.core.prune.config import ScoreConfig
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.checkpoints.read import read_config
-from vlmprune_jax.io.data import inputs
+from vlmprune_jax.io.data import chat_template, inputs
+from vlmprune_jax.io.data.chat_template import chat_prompt, follow
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.encoding import Shape
 from vlmprune_jax.io.data.inputs import load_inputs
 from vlmprune_jax.io.data.preparation import within_row
+from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.tiling import Tiling
-from vlmprune_jax.io.families import detect
+from vlmprune_jax.io.data.tokenizer_files import added_tokens
+from vlmprune_jax.io.families import FAMILIES, detect, templates
+
+TEACHER = ROOT / "vlmprune_jax/demo/teacher"
+# That of llava-hf/llava-1.5-7b-hf, whose `generation` tags only transformers knows.
+LLAVA_HF = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def inputs_of(folder, **settings):
+    return load_inputs(ModelSpec(str(folder)), DataSpec(**settings), read_config(folder)[1])
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A copy of the demo's teacher, a LLaVA whose chat template has no system text."""
+    return shutil.copytree(TEACHER, tmp_path / "teacher")
+
+
+def test_the_demo_model_gets_the_prompt_it_was_trained_with():
+    found = inputs_of(TEACHER)
+    assert (found.template.name, found.template.system) == ("llava_v1", "")
+    assert found.image_loader.preparation.settings["aspect_ratio"] == "square"
+    assert found.notes == ()
+    told = inputs_of(TEACHER, template="llava_v1", aspect_ratio="pad").notes
+    assert len(told) == 2
+    assert told[0].startswith('prompts are "A chat between a curious user')
+    assert "of the folder's chat template 'USER: <image>\\nHow many? ASSISTANT:'; a recipe or config sets" in told[0]
+    assert told[1] == 'data.aspect_ratio="pad", but the model folder says "square"'
+    assert inputs_of(TEACHER, template="llava_v1", system="", aspect_ratio="square").notes == ()
+    for name, template in (("llava", "llava_v1"), ("llava-original", "llava_v1"), ("bunny", "bunny")):  # of the paper
+        data = FAMILIES[name].recipe["data"]
+        assert (data["template"], data["aspect_ratio"]) == (template, "pad")
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "smolvlm", "internvl3", "gemma3", "gemma4"])
+def test_families_follow_their_own_chat_templates(goldens, name):
+    folder = goldens / f"families/{name}/ckpt"
+    found = inputs_of(folder)
+    assert dataclasses.replace(found.template, start=templates()[name].start) == templates()[name]
+    assert chat_prompt(folder, found.tokenizer, has_image=True) is not None
+    assert found.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "system"), [(LLAVA_HF, ""), (f"Answer in one word. {LLAVA_HF}", "Answer in one word."), (None, "A chat")]
+)
+def test_where_a_folder_holds_its_chat_template(teacher, text, system):
+    (teacher / "chat_template.jinja").unlink()
+    if text is not None:
+        (teacher / "chat_template.json").write_text(json.dumps({"chat_template": text}))
+    found = inputs_of(teacher)
+    assert found.template.name == "llava_v1"
+    assert found.template.system.startswith(system)
+    assert bool(found.template.system) == bool(system)
+    assert found.notes == ()
+
+
+def test_other_chat_templates_of_a_folder(teacher, monkeypatch):
+    """A prompt that no template makes is told; code that does not end is ignored; a begin token is its own."""
+    monkeypatch.setattr(chat_template, "_SECONDS", 1)
+    tokenizer, path = load_tokenizer(teacher), teacher / "chat_template.jinja"
+    path.write_text("<q>{{ messages[0].content[1].text }}</q>")
+    found = inputs_of(teacher)
+    assert found.template == templates()["llava_v1"]
+    (note,) = found.notes
+    assert note.endswith("but those of the folder's chat template '<q>How many?</q>'")
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    for text in (endless, "{{ raise_exception('no') }}"):
+        path.write_text(text)
+        assert chat_prompt(teacher, tokenizer, has_image=True) is None
+    path.write_text("{{ bos_token }}USER: {{ messages[0].content }} ASSISTANT:")
+    assert chat_prompt(teacher, tokenizer, has_image=False) == "USER: How many? ASSISTANT:"
+    assert follow("USER: How many? ASSISTANT:", [templates()["llava_v1"]], has_image=False).system == ""
+
+
+def test_the_code_of_a_hub_layout_has_priority(goldens, tmp_path):
+    """A tokenizer of a language model has that model's chat template."""
+    folder = shutil.copytree(goldens / "ckpt/internvl", tmp_path / "internvl")
+    shutil.copytree(goldens / "tokenizers/internvl", folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").write_text("other")
+    found = inputs_of(folder)
+    assert (found.template.name, found.notes) == ("phi3-chat", ())
+
+
+# --- from data settings to batches ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +237,137 @@ def test_a_model_without_tiles(goldens, tmp_path, cfg):
     shutil.copy(goldens / "ckpt/siglip_tower/preprocessor_config.json", folder)
     told = "returns 45 x 45 pixels, but the vision tower takes 28 x 28"
     refused(told, load_inputs, ModelSpec(hf_dir=folder), data(goldens), cfg)
+
+
+# --- damaged and hostile tokenizers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(goldens, tmp_path):
+    return shutil.copytree(goldens / "tokenizers/bunny", tmp_path / "folder")
+
+
+def edit(files, name="tokenizer.json", **changes):
+    content = json.loads((files / name).read_text()) | changes
+    (files / name).write_text(json.dumps(content))
+
+
+def unreadable(capfd, files, said):
+    message = refused(re.escape(said), load_tokenizer, files)
+    assert message.startswith(str(files))
+    assert len(message) < 600
+    assert capfd.readouterr() == ("", "")
+
+
+def split(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def replace(content, **pattern):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"pre_tokenizer": split(r"(a+)+$")},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(r"(\d+)+z")]}},
+        {"normalizer": replace("", Regex=r"(\w+\s?)*$")},
+        {"decoder": replace("", Regex=r"(.*)*x$")},
+        {"normalizer": {"type": "Sequence", "normalizers": [replace("a" * 1000, String="a")] * 4}},
+    ],
+)
+def test_rules_that_run_away(capfd, files, rules):
+    edit(files, **rules)
+    unreadable(capfd, files, "tokenizer.json: its rules for splitting and replacing text need more than")
+
+
+def test_rules_of_known_models(files):
+    """Those of GPT-2 and of Llama 3."""
+    for pattern in (
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+",
+    ):
+        edit(files, pre_tokenizer=split(pattern))
+        assert len(load_tokenizer(files)("a word")["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"type": "WordLevel", "vocab": {"a": 2**31}, "unk_token": "a"}}, "$.model.vocab"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"}}, "$.model.vocab"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": True}, "unk_token": "a"}}, "$.model.vocab"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": []}}, "$.model.vocab"),
+        ({"model": {"type": "BPE"}}, "`vocab`"),
+        ({"model": None}, "$.model"),
+        ({"added_tokens": [{"id": 2**31, "content": "a"}]}, "$.added_tokens[0].id"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}, "its tokenizer: cannot be read"),
+        ({"normalizer": replace("b", String="")}, "its tokenizer: cannot be read"),  # a panic
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "its tokenizer: cannot be read"),
+        ({"pre_tokenizer": split("(")}, "unmatched parenthesis"),
+    ],
+)
+def test_contents_that_cannot_be(capfd, files, changes, said):
+    edit(files, **changes)
+    unreadable(capfd, files, said)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_no_json(capfd, files, name):
+    for text in ("", "[]", "{", '{"a": ' * 2000, "\0", '{"a": "\\ud800"}', "\xff"):
+        (files / name).write_bytes(text.encode("latin-1"))
+        unreadable(capfd, files, name)
+
+
+def test_no_files(capfd, files, tmp_path):
+    """For a FIFO, the library would wait for a writer."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json")
+    for name in names:
+        copy = shutil.copytree(files, tmp_path / name)
+        (copy / name).unlink(missing_ok=True)
+        os.mkfifo(copy / name)
+        unreadable(capfd, copy, f"{name}: is a FIFO")
+        (copy / name).unlink()
+        (copy / name).symlink_to("gone")
+        unreadable(capfd, copy, f"{name}: is a link to gone, which does not exist")
+    (tmp_path / "empty").mkdir()
+    unreadable(capfd, tmp_path / "empty", "its tokenizer: cannot be read")
+
+
+def test_too_large(capfd, files):
+    with (files / "tokenizer.json").open("ab") as file:
+        file.truncate(200_000_000)
+    unreadable(capfd, files, "tokenizer.json: has 200,000,000 bytes")
+
+
+def test_sentencepiece_files(capfd, goldens, tmp_path):
+    files = shutil.copytree(goldens / "tokenizers/llava", tmp_path / "folder")
+    (files / "tokenizer.json").unlink()
+    for content in (b"garbage" * 1000, b"\n\x05\n\x01a\x15"):
+        (files / "tokenizer.model").write_bytes(content)
+        unreadable(capfd, files, "its tokenizer: cannot be read")
+    (files / "tokenizer.model").write_bytes(b"")
+    load_tokenizer(files)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_text_longer_than_the_file_says(files, capfd, caplog):
+    for length in (4, "many"):
+        edit(files, "tokenizer_config.json", model_max_length=length)
+        assert len(load_tokenizer(files)("a word " * 10)["input_ids"]) > 4
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_ids_of_added_tokens(files):
+    for path in files.iterdir():
+        path.unlink()
+    assert added_tokens(files) == {}
+    (files / "added_tokens.json").write_text('{"a": 1, "b": 2}')
+    (files / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"3": {"content": "b"}}}')
+    assert added_tokens(files) == {"a": 1, "b": 3}
+    (files / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 4, "content": "b"}]}')
+    assert added_tokens(files) == {"a": 1, "b": 4}
+    (files / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": {"content": "b"}}}')
+    refused(r"tokenizer_config\.json: .*added_tokens_decoder", added_tokens, files)
