@@ -137,19 +137,25 @@ def test_a_mesh_gives_the_same():
     assert_near(found, expected, 1e-5)
 
 
+def interrupted(folder, steps, *arguments):
+    """The cache of a reconstruction that was interrupted after so many steps, opened again."""
+
+    def stop(done):
+        if done == steps:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(*arguments, progress=stop, cache=ArrayCache(folder, {"of": 1}))
+    return ArrayCache(folder, {"of": 1})
+
+
 def test_an_interrupted_pass_continues_to_the_byte(tmp_path):
     teacher = model(config(EQUAL))
     plan, batches = hybrid(teacher), rows()
     pruned = apply_plan(teacher, plan)
     expected, told = reconstruct(pruned, plan, teacher, batches)
 
-    def stop(done):
-        if done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        reconstruct(pruned, plan, teacher, batches, progress=stop, cache=ArrayCache(tmp_path / "parts", {"of": 1}))
-    cache = ArrayCache(tmp_path / "parts", {"of": 1})
+    cache = interrupted(tmp_path / "parts", 2, pruned, plan, teacher, batches)
     assert cache.missing(["text/0/o_proj", "text/1/down_proj", "text/3/o_proj"]) == ["text/3/o_proj"]
     found, again = reconstruct(pruned, plan, teacher, batches, cache=cache)
     assert again == told
@@ -354,13 +360,7 @@ def test_the_tower_comes_before_the_decoder_that_reads_it(tmp_path):
     tower, _ = reconstruct(apply_plan(teacher, alone), alone, teacher, batches)
     assert_equal(*(one.replace(params=one.params["vision"]) for one in (tower, solved)))
 
-    def stop(done):
-        if done == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        reconstruct(pruned, plan, teacher, batches, progress=stop, cache=ArrayCache(tmp_path / "parts", {"of": 1}))
-    cache = ArrayCache(tmp_path / "parts", {"of": 1})
+    cache = interrupted(tmp_path / "parts", 5, pruned, plan, teacher, batches)
     assert cache.missing(["vision/0/down_proj", *(f"text/{i}/down_proj" for i in range(3))]) == ["text/2/down_proj"]
     again, told = reconstruct(pruned, plan, teacher, batches, cache=cache)
     assert told == report

@@ -1,4 +1,4 @@
-"""The step and its optimizer: meshes and accumulation give the same numbers, frozen stays frozen, dropout, dtypes."""
+"""The step: meshes and accumulation give the same numbers, frozen stays frozen, dropout, dtypes."""
 
 import dataclasses
 import functools
@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recover_cases as cases
-import torch
-import transformers
 from refusal import refused
 
 from vlmprune_jax.base.errors import Stopped
@@ -235,60 +233,6 @@ def test_packed_rows_are_split_as_their_rows(devices):
     with use_mesh(mesh):
         of_rows, of_packs = (jax.jit(functools.partial(program._split, n=2))(x) for x in (rows, packs))
     np.testing.assert_array_equal(of_rows // 2, np.repeat(of_packs, 2, axis=1))
-
-
-# --- the optimizer ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 30])
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
-def test_schedules_equal_transformers(name: str, steps: int):
-    ratio = 0.11
-    warmup = min(int(np.ceil(ratio * steps)), steps - 1)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
-    if name == "constant":
-        expected = transformers.get_constant_schedule_with_warmup(optimizer, warmup)
-    else:
-        expected = getattr(transformers, f"get_{name}_schedule_with_warmup")(optimizer, warmup, steps)
-    ours = program.make_schedule(cases.settings(schedule=name, learning_rate=2e-3, warmup_ratio=ratio), steps)
-    for step in range(steps):
-        np.testing.assert_allclose(float(ours(step)), expected.get_last_lr()[0], atol=1e-9)
-        optimizer.step()
-        expected.step()
-    for large in (0.03, 0.99):  # a step at the full rate is left, also of a single step
-        rate = program.make_schedule(cases.settings(schedule=name, learning_rate=2e-3, warmup_ratio=large), steps)
-        assert max(float(rate(step)) for step in range(steps)) == pytest.approx(2e-3)
-
-
-def test_optimizer_equals_torch_adamw():
-    """Three steps: groups with their own rate, decay on matrices only."""
-    rng = np.random.default_rng(0)
-    shapes = {"text/a/weight": (3, 4), "text/norm/weight": (4,), "projector/l/bias": (3,)}
-    start = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
-    rates = {"learning_rate": 0.1, "projector_learning_rate": 0.3}
-    # b2 as small as this: at 0.999, 1 - b2**t keeps only 4 digits in float32 (torch computes it in float64).
-    config = cases.settings(**rates, b2=0.9, weight_decay=0.2, schedule="constant", warmup_ratio=0.0)
-    groups = {"text/a/weight": "main", "text/norm/weight": "main", "projector/l/bias": "projector"}
-    ours = program.make_optimizer(config, groups, 3)
-    theirs = {path: torch.nn.Parameter(torch.tensor(x)) for path, x in start.items()}
-    rates = {"text/a/weight": (0.1, 0.2), "text/norm/weight": (0.1, 0.0), "projector/l/bias": (0.3, 0.0)}
-    reference = torch.optim.AdamW(
-        [{"params": [theirs[path]], "lr": rate, "weight_decay": decay} for path, (rate, decay) in rates.items()],
-        betas=(config.b1, config.b2),
-        eps=config.eps,
-    )
-    params = {path: jnp.asarray(x) for path, x in start.items()}
-    state = ours.init(params)
-    for _ in range(3):
-        grads = {path: rng.normal(size=x.shape).astype(np.float32) for path, x in start.items()}
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = ours.update({p: jnp.asarray(g) for p, g in grads.items()}, state, params)
-        params = {path: params[path] + updates[path] for path in params}
-        for path, parameter in theirs.items():
-            parameter.grad = torch.tensor(grads[path])
-        reference.step()
-    for path, parameter in theirs.items():
-        np.testing.assert_allclose(params[path], parameter.detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=path)
 
 
 @pytest.mark.slow
