@@ -1,17 +1,17 @@
-"""The launch scripts against stand-ins for gcloud, gcluster, xpk, docker and kubectl that log how they were called."""
-
-from __future__ import annotations
+"""The launch scripts against stand-ins for gcloud, gcluster, xpk, docker and kubectl that log how they were called;
+and worker.sh, which starts vlmprune on a machine of a slice: it outlives its connection and stops in order.
+"""
 
 import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from repository import HANG
+from repository import HANG, ROOT
 
-ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 TPU = {"PROJECT": "p", "ZONE": "z", "TPU_NAME": "slice", "ACCELERATOR": "v5litepod-16", "RUNTIME": "rt"}
@@ -46,24 +46,25 @@ esac
 """
 
 
+def add_program(folder, name, text=STAND_IN):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+
+
 @pytest.fixture
 def launch(tmp_path):
     """Callable (script, *arguments, env=...) -> (finished process, calls as lists of arguments)."""
-    (tmp_path / "bin").mkdir()
     for name in ("gcloud", "gcluster", "xpk", "docker", "kubectl"):
-        (tmp_path / "bin" / name).write_text(STAND_IN)
-        (tmp_path / "bin" / name).chmod(0o755)
-    (tmp_path / "loops").mkdir()  # each makes several slices, of which every `setup` would pack the repository
-    (tmp_path / "loops/git").write_text("#!/bin/sh\n")
-    (tmp_path / "loops/git").chmod(0o755)
+        add_program(tmp_path / "bin", name)
+    add_program(tmp_path / "quick", "git", "#!/bin/sh\n")  # every `setup` would pack the repository: only gce.sh does
     log = tmp_path / "log"
 
     def call(script, *arguments, env=TPU, states=(), codes=()):
         log.write_text("")
         (tmp_path / "log.states").write_text("".join(f"{line}\n" for line in states))
         (tmp_path / "log.codes").write_text("".join(f"{line}\n" for line in codes))
-        loops = tmp_path / ("loops" if script in ("spot_loop.sh", "sweep.sh") else "bin")
-        path = f"{tmp_path / 'bin'}:{loops}:{os.environ['PATH']}"
+        path = f"{tmp_path / 'bin'}:{tmp_path / ('bin' if script == 'gce.sh' else 'quick')}:{os.environ['PATH']}"
         quick = {"POLL_SECONDS": "0", "GRACE_SECONDS": "0", "TRIES": "3", "LOG": str(log), "PATH": path}
         done = subprocess.run([LAUNCH / script, *arguments], env={**quick, **env}, capture_output=True, text=True,
                               timeout=HANG, cwd=tmp_path)  # fmt: skip
@@ -84,22 +85,18 @@ def kinds(calls: list[list[str]]) -> list[str]:
 
 
 TPU_ACTIONS = {
-    "create": (["create"], [CREATE]),
-    "state": (["state"], [[*QUEUED, "describe", *AT, "--format=value(state.state)"]]),
-    "wait": (["wait"], [[*QUEUED, "describe", *AT, "--format=value(state.state)"]] * 2),
-    "setup": (
-        ["setup"],
-        [
-            [*ON_ALL[:4], "scp", "/tmp/vlmprune-jax.tar.gz", "slice:", *AT[1:], "--worker=all"],
-            [*ON_ALL, "--command=mkdir -p vlmprune-jax && tar xzf vlmprune-jax.tar.gz -C vlmprune-jax"],
-            [*ON_ALL, "--command=vlmprune-jax/launch/worker.sh setup"],
-        ],
-    ),
-    "run": (["run", *RUN], [[*ON_ALL, f"--command=vlmprune-jax/launch/worker.sh run {QUOTED_RUN}"]]),
-    "resume": (["resume", *RUN], [[*ON_ALL, f"--command=vlmprune-jax/launch/worker.sh run {QUOTED_RUN}"]]),
-    "logs": (["logs"], [[*ON_ALL[:-1], "--worker=0", "--command=tail -n 100 -F vlmprune-jax/run.log"]]),
-    "stop": (["stop"], [[*ON_ALL, "--command=vlmprune-jax/launch/worker.sh stop"]]),
-    "delete": (["delete"], [[*QUEUED, "delete", *AT, "--force", "--quiet"]]),
+    "create": [CREATE],
+    "state": [[*QUEUED, "describe", *AT, "--format=value(state.state)"]],
+    "wait": [[*QUEUED, "describe", *AT, "--format=value(state.state)"]] * 2,
+    "setup": [
+        [*ON_ALL[:4], "scp", "/tmp/vlmprune-jax.tar.gz", "slice:", *AT[1:], "--worker=all"],
+        [*ON_ALL, "--command=mkdir -p vlmprune-jax && tar xzf vlmprune-jax.tar.gz -C vlmprune-jax"],
+        [*ON_ALL, "--command=vlmprune-jax/launch/worker.sh setup"],
+    ],
+    **{key: [[*ON_ALL, f"--command=vlmprune-jax/launch/worker.sh run {QUOTED_RUN}"]] for key in ("run", "resume")},
+    "logs": [[*ON_ALL[:-1], "--worker=0", "--command=tail -n 100 -F vlmprune-jax/run.log"]],
+    "stop": [[*ON_ALL, "--command=vlmprune-jax/launch/worker.sh stop"]],
+    "delete": [[*QUEUED, "delete", *AT, "--force", "--quiet"]],
 }
 ON_CLUSTER = ["--project=p", "--zone=z", "--cluster=c"]
 WORKLOAD = ["xpk", "workload", "create", *ON_CLUSTER, "--workload=w", "--docker-image=i", "--tpu-type=v5litepod-16",
@@ -108,19 +105,16 @@ WORKLOAD = ["xpk", "workload", "create", *ON_CLUSTER, "--workload=w", "--docker-
 DELETE = ["xpk", "workload", "delete", *ON_CLUSTER, "--workload=w", "--force"]
 SELECTOR = "jobset.sigs.k8s.io/jobset-name=w,batch.kubernetes.io/job-completion-index=0"
 GKE_ACTIONS = {
-    "create": (["create"], [["xpk", "cluster", "create", *ON_CLUSTER, "--tpu-type=v5litepod-16", "--num-slices=1"]]),
-    "setup": (
-        ["setup"],
-        [
-            ["docker", "build", "--build-arg", "EXTRAS=tpu", "--tag", "i", str(ROOT)],
-            ["docker", "push", "i"],
-        ],
-    ),
-    "run": (["run", *RUN], [WORKLOAD]),
-    "resume": (["resume", *RUN], [DELETE, WORKLOAD]),
-    "logs": (["logs"], [["kubectl", "logs", "--follow", "--tail=100", f"--selector={SELECTOR}"]]),
-    "delete": (["delete"], [DELETE]),
-    "delete-cluster": (["delete-cluster"], [["xpk", "cluster", "delete", *ON_CLUSTER]]),
+    "create": [["xpk", "cluster", "create", *ON_CLUSTER, "--tpu-type=v5litepod-16", "--num-slices=1"]],
+    "setup": [
+        ["docker", "build", "--build-arg", "EXTRAS=tpu", "--tag", "i", str(ROOT)],
+        ["docker", "push", "i"],
+    ],
+    "run": [WORKLOAD],
+    "resume": [DELETE, WORKLOAD],
+    "logs": [["kubectl", "logs", "--follow", "--tail=100", f"--selector={SELECTOR}"]],
+    "delete": [DELETE],
+    "delete-cluster": [["xpk", "cluster", "delete", *ON_CLUSTER]],
 }
 IN_ZONE, IN_REGION = ["slice", "--project=p", "--zone=us-a"], ["slice", "--project=p", "--region=us"]
 GROUP = ["gcloud", "compute", "instance-groups", "managed"]
@@ -141,30 +135,23 @@ def on_vm(command: str) -> list[list[str]]:
 
 
 GCE_ACTIONS = {
-    "create": (["create"], [POLICY, TEMPLATE, [*CREATE_GROUP, OF_POLICY]]),
-    "state": (["state"], [STATES]),
-    "wait": (["wait"], [STATES] * 2),
-    "setup": (
-        ["setup"],
-        [
-            NAMES,
-            ["gcloud", "compute", "scp", "/tmp/vlmprune-jax.tar.gz", "vm-1:", *IN_ZONE[1:]],
-            *on_vm("mkdir -p vlmprune-jax && tar xzf vlmprune-jax.tar.gz -C vlmprune-jax"),
-            *on_vm("vlmprune-jax/launch/worker.sh setup"),
-        ],
-    ),
-    "run": (["run", *RUN], on_vm(f"vlmprune-jax/launch/worker.sh run {QUOTED_RUN}")),
-    "resume": (["resume", *RUN], on_vm(f"vlmprune-jax/launch/worker.sh run {QUOTED_RUN}")),
-    "logs": (["logs"], on_vm("tail -n 100 -F vlmprune-jax/run.log")),
-    "stop": (["stop"], on_vm("vlmprune-jax/launch/worker.sh stop")),
-    "delete": (
-        ["delete"],
-        [
-            [*GROUP, "delete", *IN_ZONE, "--quiet"],
-            ["gcloud", "compute", "instance-templates", "delete", *IN_ZONE[:2], "--quiet"],
-            ["gcloud", "compute", "resource-policies", "delete", *IN_REGION, "--quiet"],
-        ],
-    ),
+    "create": [POLICY, TEMPLATE, [*CREATE_GROUP, OF_POLICY]],
+    "state": [STATES],
+    "wait": [STATES] * 2,
+    "setup": [
+        NAMES,
+        ["gcloud", "compute", "scp", "/tmp/vlmprune-jax.tar.gz", "vm-1:", *IN_ZONE[1:]],
+        *on_vm("mkdir -p vlmprune-jax && tar xzf vlmprune-jax.tar.gz -C vlmprune-jax"),
+        *on_vm("vlmprune-jax/launch/worker.sh setup"),
+    ],
+    **dict.fromkeys(("run", "resume"), on_vm(f"vlmprune-jax/launch/worker.sh run {QUOTED_RUN}")),
+    "logs": on_vm("tail -n 100 -F vlmprune-jax/run.log"),
+    "stop": on_vm("vlmprune-jax/launch/worker.sh stop"),
+    "delete": [
+        [*GROUP, "delete", *IN_ZONE, "--quiet"],
+        ["gcloud", "compute", "instance-templates", "delete", *IN_ZONE[:2], "--quiet"],
+        ["gcloud", "compute", "resource-policies", "delete", *IN_REGION, "--quiet"],
+    ],
 }
 OF_CLUSTER = ["--project=p", "--location=us", "--cluster=c"]
 SUBMIT = ["gcluster", "job", "submit", *OF_CLUSTER, "--name=w", "--image=i", "--topology=2x2x2",
@@ -176,57 +163,55 @@ DEPLOY = ["gcluster", "deploy", "seven.yaml", "--auto-approve", "--backend-confi
           "--vars=project_id=p,deployment_name=c,region=us,zone=us-a,num_slices=1",
           "--vars=tpu_topology=2x2x2,reservation=r,authorized_cidr=0.0.0.0/0"]  # fmt: skip
 GCLUSTER_ACTIONS = {
-    "setup": (["setup"], GKE_ACTIONS["setup"][1]),
-    "run": (["run", *RUN], [[*SUBMIT, COMMAND]]),
-    "resume": (["resume", *RUN], [CANCEL, [*SUBMIT, COMMAND]]),
-    "logs": (["logs"], [["gcluster", "job", "logs", "w", *OF_CLUSTER, "--follow"]]),
-    "delete": (["delete"], [CANCEL]),
-    "delete-cluster": (["delete-cluster"], [["gcluster", "destroy", "c", "--auto-approve"]]),
+    "setup": GKE_ACTIONS["setup"],
+    "run": [[*SUBMIT, COMMAND]],
+    "resume": [CANCEL, [*SUBMIT, COMMAND]],
+    "logs": [["gcluster", "job", "logs", "w", *OF_CLUSTER, "--follow"]],
+    "delete": [CANCEL],
+    "delete-cluster": [["gcluster", "destroy", "c", "--auto-approve"]],
 }
-ACTIONS = [("tpu_vm.sh", TPU, *case) for case in TPU_ACTIONS.values()]
-ACTIONS += [("gce.sh", GCE | ({"LEFT": "1"} if name == "delete" else {}), *case) for name, case in GCE_ACTIONS.items()]
-ACTIONS += [("gke.sh", GKE, *case) for case in GKE_ACTIONS.values()]
-ACTIONS += [("gcluster.sh", GCLUSTER, *case) for case in GCLUSTER_ACTIONS.values()]
-ACTIONS += [("gcluster.sh", GCLUSTER | MADE | {"RESERVATION": "r"}, ["create"], [DEPLOY])]
+ACTIONS = [("tpu_vm.sh", TPU, *case) for case in TPU_ACTIONS.items()]
+ACTIONS += [("gce.sh", GCE | ({"LEFT": "1"} if name == "delete" else {}), name, of) for name, of in GCE_ACTIONS.items()]
+ACTIONS += [("gke.sh", GKE, *case) for case in GKE_ACTIONS.items()]
+ACTIONS += [("gcluster.sh", GCLUSTER, *case) for case in GCLUSTER_ACTIONS.items()]
+ACTIONS += [("gcluster.sh", GCLUSTER | MADE | {"RESERVATION": "r"}, "create", [DEPLOY])]
 
 
-@pytest.mark.parametrize(("script", "env", "arguments", "expected"), ACTIONS)
-def test_every_action_calls_what_it_should(launch, script, env, arguments, expected):
+@pytest.mark.parametrize(("script", "env", "action", "expected"), ACTIONS)
+def test_every_action_calls_what_it_should_and_what_a_dry_run_prints(launch, script, env, action, expected):
+    arguments = [action, *(RUN if action in ("run", "resume") else [])]
     states = [",CREATING", "RUNNING,NONE"] if script == "gce.sh" else ["PROVISIONING", "ACTIVE"]
     done, calls = launch(script, *arguments, env=env, states=states)
     assert done.returncode == 0, done.stderr
     assert [call for call in calls if call[3:4] != ["describe"]] == expected  # what a create that failed has left
-
-
-@pytest.mark.parametrize(("script", "env", "arguments", "expected"), ACTIONS)
-def test_dry_run_prints_the_same_and_calls_nothing(launch, script, env, arguments, expected):
     done, calls = launch(script, "--dry-run", *arguments, env=env)
     assert (done.returncode, calls) == (0, [])
     printed = [shlex.split(line) for line in done.stdout.splitlines()]
-    once = expected[:1] if arguments == ["wait"] else expected
+    once = expected[:1] if action == "wait" else expected
     told = [[word.replace("vm-1", "VM") for word in call] for call in once]
     assert [line for line in printed if line[0] != "git"] == told
+
+
+def made(launch, **env):
+    """What gce.sh calls to create a slice, besides asking what a create that failed has left."""
+    return [call for call in launch("gce.sh", "create", env={**GCE, **env})[1] if "describe" not in call]
 
 
 def test_spot_slices_are_asked_for(launch):
     assert launch("tpu_vm.sh", "create", env={**TPU, "SPOT": "1"})[1] == [[*CREATE, "--spot"]]
     assert launch("gke.sh", "create", env={**GKE, "SPOT": "1"})[1][0][-1] == "--spot"
-    made = [call for call in launch("gce.sh", "create", env={**GCE, "SPOT": "1"})[1] if "describe" not in call]
-    assert made[1] == [*TEMPLATE, "--provisioning-model=SPOT", "--instance-termination-action=STOP"]
+    made_spot = made(launch, SPOT="1")[1]
+    assert made_spot == [*TEMPLATE, "--provisioning-model=SPOT", "--instance-termination-action=STOP"]
     assert "--gke-nap-provisioning=spot" in launch("gcluster.sh", "run", *RUN, env={**GCLUSTER, "SPOT": "1"})[1][0]
 
 
 def test_a_slice_of_compute_engine(launch):
     """One VM needs no policy; what a create that failed has left is used; all VMs run a command, or the n-th one."""
-    alone = launch("gce.sh", "create", env={**GCE, "TOPOLOGY": "2x2x1"})[1]
-    assert [call for call in alone if "describe" not in call] == [
-        TEMPLATE, [word.replace("size=2", "size=1") for word in CREATE_GROUP]
-    ]  # fmt: skip
-    again = launch("gce.sh", "create", env={**GCE, "LEFT": "1"})[1]
-    assert [call for call in again if "describe" not in call] == [[*CREATE_GROUP, OF_POLICY]]
-    reserved = launch("gce.sh", "create", env={**GCE, "RESERVATION": "r"})[1]
+    alone = [word.replace("size=2", "size=1") for word in CREATE_GROUP]
+    assert made(launch, TOPOLOGY="2x2x1") == [TEMPLATE, alone]
+    assert made(launch, LEFT="1") == [[*CREATE_GROUP, OF_POLICY]]
     assert [*TEMPLATE, "--reservation-affinity=specific", "--reservation=r", "--provisioning-model=RESERVATION_BOUND",
-            "--instance-termination-action=DELETE"] in reserved  # fmt: skip
+            "--instance-termination-action=DELETE"] in made(launch, RESERVATION="r")  # fmt: skip
     many = {**GCE, "VMS": "1 2 3"}
     assert sorted(call[3] for call in launch("gce.sh", "stop", env=many)[1][1:]) == ["vm-1", "vm-2", "vm-3"]
     assert [call[3] for call in launch("gce.sh", "logs", env={**many, "WORKER": "1"})[1][1:]] == ["vm-2"]
@@ -234,19 +219,11 @@ def test_a_slice_of_compute_engine(launch):
     assert failed.returncode == 134
 
 
-@pytest.mark.parametrize(
-    ("listed", "state"),
-    [
-        ("RUNNING,NONE", "ACTIVE"),
-        (",CREATING", "PROVISIONING"),
-        ("STAGING,CREATING", "PROVISIONING"),
-        ("RUNNING,VERIFYING", "PROVISIONING"),
-        ("TERMINATED,NONE", "SUSPENDED"),
-        ("STOPPING,NONE", "SUSPENDED"),
-    ],
-)
-def test_the_state_of_a_group_is_that_of_its_vms(launch, listed, state):
-    assert launch("gce.sh", "state", env=GCE, states=[listed])[0].stdout == f"{state}\n"
+def test_the_state_of_a_group_is_that_of_its_vms(launch):
+    states = {"RUNNING,NONE": "ACTIVE", "TERMINATED,NONE": "SUSPENDED", "STOPPING,NONE": "SUSPENDED"}
+    states |= {listed: "PROVISIONING" for listed in (",CREATING", "STAGING,CREATING", "RUNNING,VERIFYING")}
+    for listed, state in states.items():
+        assert launch("gce.sh", "state", env=GCE, states=[listed])[0].stdout == f"{state}\n"
 
 
 def test_a_bucket_is_at_one_place_for_all_workers(launch, tmp_path):
@@ -261,10 +238,9 @@ def test_a_bucket_is_at_one_place_for_all_workers(launch, tmp_path):
     )
     assert {"--type=gcsfuse", "--bucket=data", "--mount-point=/mnt/data", "--auto-mount=true"} < set(attached)
 
-    for name in ("gcsfuse", "sudo", "mountpoint", "apt-get", "curl"):
-        (tmp_path / "bin" / name).write_text(STAND_IN)
-        (tmp_path / "bin" / name).chmod(0o755)
-    (tmp_path / "bin" / "mountpoint").write_text(STAND_IN + "\n[[ -f $LOG.mounted ]]\n")
+    for name in ("gcsfuse", "sudo", "apt-get", "curl"):
+        add_program(tmp_path / "bin", name)
+    add_program(tmp_path / "bin", "mountpoint", STAND_IN + "\n[[ -f $LOG.mounted ]]\n")
     done, calls = launch("mount.sh", "data", env={})
     assert done.returncode == 0, done.stderr
     assert calls[1][:3] == ["sudo", "install", "--directory"]
@@ -282,7 +258,7 @@ def test_a_bucket_is_at_one_place_for_all_workers(launch, tmp_path):
         ("gce.sh", ["create"], {**GCE, "TOPOLOGY": "eight"}, "TOPOLOGY=eight: use for example 2x2x2"),
         *(("gcluster.sh", ["run", *RUN], {**GCLUSTER, name: ""}, f"set {name}") for name in GCLUSTER),
         *(("gcluster.sh", ["create"], {**GCLUSTER, **MADE, name: ""}, f"set {name}") for name in MADE),
-        *(("spot_loop.sh", RUN, {**TPU, name: ""}, f"set {name}") for name in TPU),
+        ("spot_loop.sh", RUN, {**TPU, "ZONE": ""}, "set ZONE"),  # of the list that sweep.sh has as well
         *(("spot_loop.sh", RUN, {**GCE, "BY": "gce", name: ""}, f"set {name}") for name in GCE),
         ("spot_loop.sh", RUN, {**TPU, "BY": "gke"}, "BY=gke: use tpu_vm or gce"),
         ("gcluster.sh", ["resume"], GCLUSTER, "no command: use gcluster.sh resume recover"),
@@ -309,12 +285,6 @@ def test_wrong_use_gives_one_line_and_code_2(launch, script, arguments, env, mes
     assert done.stderr.count("\n") == 1
 
 
-def test_waiting_ends_where_the_slice_never_comes(launch):
-    done, _ = launch("tpu_vm.sh", "wait", states=["PROVISIONING", "FAILED"])
-    assert (done.returncode, done.stderr) == (1, "slice is FAILED: delete, then create\n")
-    assert launch("tpu_vm.sh", "wait")[0].returncode == 1  # there is no such slice
-
-
 @pytest.mark.parametrize(
     ("states", "codes", "code", "expected"),
     [
@@ -334,8 +304,8 @@ def test_the_spot_loop_resumes_after_a_preemption_and_stops_at_an_end(launch, st
     done, calls = launch("spot_loop.sh", *RUN, states=states, codes=codes)
     assert done.returncode == code, done.stderr
     assert kinds(calls) == expected.split()
-    runs = [call[-1] for call in calls if "worker.sh run" in call[-1]]
-    assert set(runs) == {f"--command=vlmprune-jax/launch/worker.sh run {QUOTED_RUN}"}
+    runs = {call[-1] for call in calls if "worker.sh run" in call[-1]}
+    assert runs == {f"--command=vlmprune-jax/launch/worker.sh run {QUOTED_RUN}"}
     assert all(call[-1] == "--spot" for call in calls if "create" in call)
 
 
@@ -349,18 +319,20 @@ def test_the_spot_loop_makes_a_slice_of_compute_engine_again(launch):
     assert sum("worker.sh run" in call[-1] for call in calls) == 2
 
 
-def test_the_spot_loop_gives_up_when_no_slice_can_be_made(launch):
+def test_loops_end_where_the_slice_never_comes_and_show_one_round(launch):
+    done, _ = launch("tpu_vm.sh", "wait", states=["PROVISIONING", "FAILED"])
+    assert (done.returncode, done.stderr) == (1, "slice is FAILED: delete, then create\n")
+    assert launch("tpu_vm.sh", "wait")[0].returncode == 1  # there is no such slice
     done, calls = launch("spot_loop.sh", *RUN)  # describe fails for ever
     assert (done.returncode, done.stderr) == (2, "spot_loop.sh: error: no slice after 3 tries\n")
     assert kinds(calls) == ["create"] * 3
-
-
-def test_the_spot_loop_shows_one_round(launch):
-    done, calls = launch("spot_loop.sh", "--dry-run", *RUN)
-    assert (done.returncode, calls) == (0, [])
-    printed = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert printed[0] == [*CREATE, "--spot"]
-    assert printed[-1][4] == "delete"
+    for script, arguments in (("spot_loop.sh", RUN), ("sweep.sh", SWEEP)):
+        done, calls = launch(script, "--dry-run", *arguments)
+        assert (done.returncode, calls) == (0, [])
+        printed = [shlex.split(line) for line in done.stdout.splitlines()]
+        if script == "spot_loop.sh":
+            assert (printed[0], printed[-1][4]) == ([*CREATE, "--spot"], "delete")
+    assert [line[5] for line in printed if "create" in line] == ["slice-1", "slice-2"]
 
 
 @pytest.mark.parametrize(("codes", "code"), [([0, 0], 0), ([0, 2], 2), ([2, 0], 2)])
@@ -369,10 +341,9 @@ def test_a_sweep_gives_each_slice_its_share_and_deletes_it(launch, codes, code):
     done, calls = launch("sweep.sh", *SWEEP, states=states, codes=codes)
     assert done.returncode == code, done.stdout
     runs = sorted(call[-1] for call in calls if "worker.sh run" in call[-1])
-    command = "--command=vlmprune-jax/launch/worker.sh run sweep --config=c.py --workdir=/w --shard={}/2"
-    assert runs == [command.format(1), command.format(2)]
-    deleted = sorted(call[5] for call in calls if call[4:5] == ["delete"])
-    assert deleted == ["slice-1", "slice-2"]
+    command = "--command=vlmprune-jax/launch/worker.sh run sweep --config=c.py --workdir=/w --shard="
+    assert runs == [f"{command}1/2", f"{command}2/2"]
+    assert sorted(call[5] for call in calls if call[4:5] == ["delete"]) == ["slice-1", "slice-2"]
 
 
 @pytest.mark.parametrize(("by", "env", "name"), [("gke", GKE, "--workload"), ("gcluster", GCLUSTER, "--name")])
@@ -383,18 +354,67 @@ def test_a_sweep_on_a_cluster_is_a_workload_each(launch, by, env, name):
     assert {call[-1][-4:] for call in calls} == {"=1/2", "=2/2"}
 
 
-def test_a_sweep_shows_what_it_would_do(launch):
-    done, calls = launch("sweep.sh", "--dry-run", *SWEEP)
-    assert (done.returncode, calls) == (0, [])
-    names = [line.split()[5] for line in done.stdout.splitlines() if " create " in line]
-    assert names == ["slice-1", "slice-2"]
-
-
 def test_scripts_are_short_and_shellcheck_finds_nothing():
     slices, clusters = {"tpu_vm.sh", "gce.sh", "spot_loop.sh", "worker.sh", "mount.sh"}, {"gke.sh", "gcluster.sh"}
     assert {path.name for path in SCRIPTS} == {*slices, *clusters, "sweep.sh", "lib.sh"}
-    assert all(
-        len(path.read_text().splitlines()) <= (90 if path.name in ("gce.sh", "lib.sh") else 40) for path in SCRIPTS
-    )
+    lengths = {path.name: len(path.read_text().splitlines()) for path in SCRIPTS}
+    assert all(length <= (90 if name in ("gce.sh", "lib.sh") else 40) for name, length in lengths.items())
     done = subprocess.run([Path(sys.executable).with_name("shellcheck"), *SCRIPTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+# --- worker.sh, which starts vlmprune on a machine of a slice ---
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """Callable (*arguments) that starts worker.sh in a copy whose vlmprune waits for a file and exits with its text."""
+    home = tmp_path / "vlmprune-jax"
+    for name in ("worker.sh", "lib.sh"):
+        add_program(home / "launch", name, (LAUNCH / name).read_text())
+    program = '#!/usr/bin/env bash\ntrap "echo saved; exit 143" TERM\necho "started: $*"\n'
+    program += 'until [[ -f go ]]; do sleep 0.05; done\nexit "$(cat go)"\n'
+    add_program(home / ".venv/bin", "vlmprune", program)
+
+    def start(*arguments, output=subprocess.PIPE):
+        command = ["bash", home / "launch/worker.sh", *arguments]
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
+
+    return start, home
+
+
+def wait_for(path, text):
+    for _ in range(20 * HANG):
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never said {text}")
+
+
+def test_a_worker_outlives_its_connection_and_is_not_started_twice(worker):
+    start, home = worker
+    first = start("run", "recover", "--a=two words", output=subprocess.DEVNULL)
+    wait_for(home / "run.log", "started")
+    first.kill()
+    first.wait()
+    second = start("run", "recover", "--a=two words")
+    other = start("run", "score")
+    assert "'recover --a=two words' is running here: stop it first" in other.communicate(timeout=HANG)[0]
+    assert other.returncode == 2
+    (home / "go").write_text("7")
+    assert second.communicate(timeout=HANG)[0] == "started: recover --a=two words\n"
+    assert second.returncode == 7
+
+
+def test_a_stopped_worker_saves_and_starts_again(worker):
+    start, home = worker
+    running = start("run", "recover")
+    wait_for(home / "run.log", "started")
+    assert start("stop").communicate(timeout=HANG)[0] == ""
+    assert running.communicate(timeout=HANG)[0].endswith("saved\n")
+    assert running.returncode == 143
+    (home / "go").write_text("0")
+    again = start("run", "recover")
+    again.communicate(timeout=HANG)
+    assert again.returncode == 0
+    assert (home / "run.log").read_text().count("started: recover") == 2
