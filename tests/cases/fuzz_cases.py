@@ -104,7 +104,7 @@ def _places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @st.composite
 def edited(draw: st.DrawFn, value: Any, most: int = 2) -> Any:
     """A JSON value in which up to `most` others are replaced, removed, renamed or repeated."""
-    value = copy.deepcopy(value)
+    value = json.loads(json.dumps(value))  # a copy
     for _ in range(draw(st.integers(1, most))):
         places = [place for place in _places(value) if place]
         if not places:
@@ -200,11 +200,11 @@ def damaged_archives(whole: bytes, *often: str) -> st.SearchStrategy[bytes]:
 
 def mutants(good: Any, share: float = 1.0) -> Iterator[tuple[str, Any]]:
     """(where and what, a copy with one node deleted or replaced), of all or a seeded share of them."""
-    draw = random.Random(0)
+    draw, text = random.Random(0), json.dumps(good)
     for place, value in itertools.product(_places(good), _HOSTILE):
         if draw.random() >= share or (value is DELETED and not place):
             continue
-        holder = whole = {"": copy.deepcopy(good)}
+        holder = whole = {"": json.loads(text)}
         *path, key = ("", *place)
         for step in path:
             holder = holder[step]

@@ -1,4 +1,4 @@
-"""Damaged model folders: whatever their files hold, reading them returns or raises one line."""
+"""Damaged model folders, and settings of any value: what is read, or one line that names the file or the setting."""
 
 import dataclasses
 import json
@@ -9,10 +9,13 @@ import zipfile
 
 import numpy as np
 import pytest
-from fuzz_cases import damaged, damaged_archives, edited, fuzz_file, json_files
+from fuzz_cases import ESCAPES, damaged, damaged_archives, edited, fuzz, fuzz_file, json_files, reads
 from gguf import GGMLQuantizationType, GGUFWriter
 from hf_cases import LFM2_VL, LLAMA, copy_golden, copy_llava, make_folder
+from hypothesis import strategies as st
+from repository import ROOT
 
+from vlmprune_jax.base.settings import override
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
 from vlmprune_jax.io.checkpoints.read import read_config
@@ -22,6 +25,11 @@ from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.describe import describe
 from vlmprune_jax.io.exports.token_sources import Source
 from vlmprune_jax.io.exports.vocabulary import trim_files
+from vlmprune_jax.run.cli.config_files import read_experiment
+from vlmprune_jax.run.cli.flags import parse
+from vlmprune_jax.run.cli.stages import stage_command
+from vlmprune_jax.run.experiment.spec import Experiment
+from vlmprune_jax.run.experiment.variants import check_experiment
 
 TOWERS = {"bunny": "siglip_tower", "llava_orig": "clip_tower", "llava_orig_bin": "clip_tower"}
 FOLDERS = ("llava_hf", "llava_orig", "llava_orig_bin", "bunny", "internvl", "llama_gqa", "clip_tower")
@@ -188,3 +196,49 @@ def test_gguf_headers(tmp_path):
         assert all(isinstance(value, int | float | str | tuple) for value in found.fields.values())
 
     fuzz_file(200, path, read, files=damaged(path.read_bytes()))
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+WHOLE = json.loads(json.dumps(dataclasses.asdict(Experiment())))
+YAML = b"recipe: llava\nmodel: {hf_dir: DIR}\nrecover:\n  epochs: 2.5e-1\n  losses: {l2_layers: [-1, 2]}\n"
+CONFIG = ROOT / "configs/llava15_7b.py"
+VALUES = (
+    "", "x", "None", "True", "-1", "0", "1.5", "nan", "inf", "1e400", "9" * 5000, "()", "(1,", "[1,2]", "{'a': 1}",
+    "__import__('os').abort()", "(" * 3000, "-" * 3000 + "1", ESCAPES.replace("\0", ""), "../x", "a/b", "\udcff",
+)  # fmt: skip
+
+
+def test_overrides():
+    @fuzz(200, values=edited(WHOLE, 3))
+    def check(values):
+        if isinstance(values, dict):
+            reads(lambda: check_experiment(override(Experiment(), values)))
+
+    check()
+
+
+def names(section, where=""):
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        yield from names(value, f"{where}{field.name}.") if dataclasses.is_dataclass(value) else [where + field.name]
+
+
+def experiment_of(*flags):
+    return read_experiment(parse("score", stage_command("score"), [*flags]).config)
+
+
+def test_flags(tmp_path):
+    known = [*names(Experiment()), "prune_variants.a", "data", "data.max_lenght", "x", ESCAPES.replace("\0", "")]
+
+    @fuzz(60, name=st.sampled_from(known), value=st.sampled_from(VALUES))
+    def check(name, value):
+        reads(lambda: experiment_of(f"--config={CONFIG}", f"--workdir={tmp_path}", f"--config.{name}={value}"))
+
+    check()
+
+
+def test_yaml(tmp_path):
+    file = tmp_path / "my.yaml"
+    fuzz_file(60, file, lambda: experiment_of(f"--config={file}"), files=damaged(YAML))
