@@ -1,17 +1,16 @@
 """The runs that a config describes: every cut of the paper's tables, variants, and what `get_hyper` lists."""
 
-import importlib.util
 import json
 import re
 
 import pytest
 from refusal import refused
-from repository import ROOT, full_size_models
+from repository import full_size_models
 
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.io.checkpoints.read import read_config
-from vlmprune_jax.run.cli.config_files import experiment_config, read_experiment
+from vlmprune_jax.run.cli.config_files import experiment_config, read_experiment, shipped_config
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.experiment.recipes import paper_cut
 from vlmprune_jax.run.experiment.spec import Experiment
@@ -19,63 +18,57 @@ from vlmprune_jax.run.experiment.variants import check_experiment, variants_of
 from vlmprune_jax.run.planning.case import predict_plan
 from vlmprune_jax.run.sweep.hyper import LONGEST_NAME, Hyper, sweep_runs
 
-CONFIGS = {"llava15_7b": "llava", "bunny_3b": "bunny", "mini_internvl_4b": "internvl"}
-# Shares of the whole model of the layers that the reference removes (5, 10, 15 and 20 of 32).
-DEPTH = {
-    "llava15_7b": (0.1433, 0.2865, 0.4298, 0.5731),
-    "bunny_3b": (0.1236, 0.2472, 0.3708, 0.4944),
-    "mini_internvl_4b": (0.1366, 0.2731, 0.4097, 0.5462),
+# Models, and the shares of them that are in the layers that the reference removes (5, 10, 15 and 20 of 32).
+CONFIGS = {
+    "llava15_7b": ("llava", (0.1433, 0.2865, 0.4298, 0.5731)),
+    "bunny_3b": ("bunny", (0.1236, 0.2472, 0.3708, 0.4944)),
+    "mini_internvl_4b": ("internvl", (0.1366, 0.2731, 0.4097, 0.5462)),
 }
-RATIOS = (0.15, 0.3, 0.45, 0.6)
 
 
-def loaded(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def planned(folder, model, config):
+    """The experiment of a config, and its plan at the true shape of a model with that shape."""
+    (folder / "config.json").write_text(json.dumps(full_size_models()[model]))
+    experiment, (_, cfg) = read_experiment(shipped_config(config)), read_config(folder)
+    check_experiment(experiment)
+    plan = predict_plan(experiment, cfg)
+    return experiment, plan, plan.apply_to(cfg)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_cut_of_the_paper_is_in_reach(tmp_path, name):
-    (tmp_path / "config.json").write_text(json.dumps(full_size_models()[CONFIGS[name]]))
-    _, cfg = read_config(tmp_path)
-    get_config = loaded(ROOT / f"configs/{name}.py").get_config
-    for method in ("depth", "width"):
-        for ratio, by_layers in list(zip(RATIOS, DEPTH[name], strict=True))[:: 1 if method == "depth" else 3]:
-            experiment = read_experiment(get_config(f"{method},{ratio}"))
-            check_experiment(experiment)
-            plan = predict_plan(experiment, cfg)
-            assert plan.actual_ratio == pytest.approx(by_layers if method == "depth" else ratio, abs=0.002)
-            assert len(plan.kept_layers) == (27, 22, 17, 12)[RATIOS.index(ratio)] if method == "depth" else 32
-    uneven, even = (
-        predict_plan(read_experiment(get_config(variant)), cfg).apply_to(cfg).text.uniform
-        for variant in ("width,0.3", "width,0.3,uniform")
-    )
-    assert (uneven, even) == (False, True)
+    model, shares = CONFIGS[name]
+    for ratio, share, layers in zip((0.15, 0.3, 0.45, 0.6), shares, (27, 22, 17, 12), strict=True):
+        _, plan, _ = planned(tmp_path, model, f"{name}:depth,{ratio}")
+        assert (plan.actual_ratio, len(plan.kept_layers)) == (pytest.approx(share, abs=0.002), layers)
+    for ratio, option in ((0.6, ""), (0.3, ""), (0.3, ",uniform")):
+        _, plan, left = planned(tmp_path, model, f"{name}:width,{ratio}{option}")
+        assert (plan.actual_ratio, len(plan.kept_layers)) == (pytest.approx(ratio, abs=0.002), 32)
+        assert left.text.uniform == bool(option)
 
 
 @pytest.mark.parametrize(
     ("variant", "method", "ratio", "layers"),
     [
-        ("vocabulary,gguf", "depth", None, 42),
+        ("vocabulary,gguf", "depth", 0.34, 42),
         ("layers,0.4,w4a16", "depth", 0.4, None),
         ("neurons,0.45,gguf", "width", 0.45, 42),
     ],
 )
 def test_cuts_of_gemma4_are_in_reach(tmp_path, variant, method, ratio, layers):
     """Three quarters of the tokens are a third of the parameters; the stock class holds what is left."""
-    (tmp_path / "config.json").write_text(json.dumps(full_size_models()["gemma4_e4b"]))
-    _, cfg = read_config(tmp_path)
-    experiment = read_experiment(loaded(ROOT / "configs/gemma4_e4b.py").get_config(variant))
-    check_experiment(experiment)
-    plan = predict_plan(experiment, cfg)
-    left = plan.apply_to(cfg)
+    experiment, plan, left = planned(tmp_path, "gemma4_e4b", f"gemma4_e4b:{variant}")
     assert plan.parameters_after == count_params(left)  # a layer's part of a dropped token's row goes once
     assert (experiment.prune.method, left.text.vocab_size) == (method, 65536)
-    assert plan.actual_ratio == pytest.approx(0.34 if ratio is None else ratio, abs=0.01)
+    assert plan.actual_ratio == pytest.approx(ratio, abs=0.01)
     assert layers is None or len(left.text.layers) == layers
     assert left.text.uniform
+
+
+def test_qwen3_vl_loses_five_layers_after_the_ones_with_features_of_the_tower(tmp_path):
+    experiment, plan, _ = planned(tmp_path, "qwen3vl", "qwen3vl_8b:depth,5layers,reconstruct")
+    assert experiment.reconstruct.method == "least_squares"
+    assert (len(plan.kept_layers), plan.kept_layers[:3]) == (31, (0, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -100,15 +93,6 @@ def test_options_of_a_variant():
     sections = paper_cut("width,0.3,uniform,reconstruct")
     assert sections["reconstruct"] == {"method": "least_squares"}
     assert "attn_layers" not in sections["prune"]
-
-
-def test_qwen3_vl_loses_five_layers_after_the_ones_with_features_of_the_tower(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(full_size_models()["qwen3vl"]))
-    experiment = read_experiment(loaded(ROOT / "configs/qwen3vl_8b.py").get_config("depth,5layers,reconstruct"))
-    assert experiment.reconstruct.method == "least_squares"
-    check_experiment(experiment)
-    kept = predict_plan(experiment, read_config(tmp_path)[1]).kept_layers
-    assert (len(kept), kept[:3]) == (31, (0, 1, 2))
 
 
 # --- variants against settings given explicitly ----------------------------------------------------------------------

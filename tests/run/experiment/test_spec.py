@@ -155,38 +155,21 @@ def named(section: str, names: str) -> set[str]:
     return {f"{section}.{name}" for name in names.split()}
 
 
+def whole(section: str, without: str = "") -> set[str]:
+    fields = dataclasses.fields(sections()[section])
+    assert {field.name for field in fields} >= set(without.split())
+    return {f"{section}.{field.name}" for field in fields} - named(section, without)
+
+
 PRECISION = {"model.dtype"}
-PICTURE = named(
+TRAINING = whole(
     "data",
-    "template system max_images aspect_ratio min_tiles max_tiles thumbnail max_image_tokens image_buckets tile_buckets "
-    "video_fps video_frames video_tokens",
+    "source train eval images eval_images fraction seed group_by cache_megabytes feature_cache threads "
+    "max_image_pixels max_video_frames max_video_megabytes max_video_pixels max_video_seconds video_timeout",
 )
-TRAINING = PICTURE | named("data", "max_length truncate length_buckets on_error")
-SCORE = named(
-    "score",
-    "variant reduction gqa reference_compat layers_removed longest_text samples batch_size seed prompt_weight "
-    "image_weight answer_weight by_token_type token_types",
-)
-PRUNE = named(
-    "prune",
-    "method stack ratio layers_removed layers protect deepstack rounding attn_layers mlp_layers heads_multiple "
-    "neurons_multiple heads align_to tensor_parallel selection loads_in sparsity depth_share steps budget producers "
-    "vocabulary experts experts_multiple",
-)
-RECOVER = named(
-    "recover",
-    "trainable epochs steps batch_size accumulation learning_rate projector_learning_rate weight_decay schedule "
-    "warmup_ratio b1 b2 eps clip_norm compute_dtype quantize remat lora save_adapter losses teacher_top_k seed",
-)
-RECONSTRUCT = named(
-    "reconstruct",
-    "method readers refit samples batch_size longest_text seed held_out prompt_weight image_weight answer_weight",
-)
-EXPORT = named(
-    "export",
-    "format layout uneven head_dim dtype quantize group_size symmetric rounding rolled_positions imatrix mtp evaluate "
-    "base_model license push_to_hub max_image_tokens",
-)
+PICTURE = TRAINING - named("data", "max_length truncate length_buckets on_error")
+SCORE, PRUNE, RECONSTRUCT = whole("score", "depth width options memory_budget"), whole("prune"), whole("reconstruct")
+RECOVER = whole("recover", "method name control loggers log_every save_every keep_checkpoints merge_lora teacher_cache")
 # Stage -> the settings that it keeps: what is not here may be changed without making anything again.
 EXPECTED = {
     "score": PRECISION | TRAINING | SCORE | {"criteria"},
@@ -195,7 +178,7 @@ EXPECTED = {
     "reconstruct": PRECISION | TRAINING | RECONSTRUCT,
     "recover": PRECISION | TRAINING | RECOVER | named("data", "fraction seed group_by"),
     "evaluate": PRECISION | PICTURE | named("evaluate", "batch_size max_length max_new_tokens questions prompt_suffix"),
-    "export": PRECISION | EXPORT | named("data", "max_image_tokens"),
+    "export": PRECISION | whole("export", "options mtp_dir storage") | named("data", "max_image_tokens"),
 }
 LOSSES = {
     *("ce", "l2", "cosine", "kl", "rkl", "l2_layers", "temperature", "teacher_inputs", "reference_compat", "chunk"),

@@ -87,8 +87,6 @@ def test_groups_differ_in_more_than_seeds(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
-        (lambda sweep: sweep.update(format=7), "written by a newer vlmprune"),
-        (lambda sweep: sweep["models"][0]["found"].pop("parameters"), "parameters"),
         (lambda sweep: sweep["models"][0]["found"].update(model="other"), "there are no results of 'other'"),
         (lambda sweep: sweep["models"][0]["found"]["evaluation"]["scores"].clear(), "there are no results of 'docs'"),
         (lambda sweep: sweep["models"].clear(), "models"),

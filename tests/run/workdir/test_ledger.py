@@ -26,7 +26,7 @@ class Work:
     """A stage that writes one file, and what happened."""
 
     def __init__(self, folder):
-        self.folder, self.runs, self.said, self.fail = folder, 0, [], False
+        self.folder, self.runs, self.said = folder, 0, []
         (folder / "in.txt").write_text("input")
 
     def __call__(self, overwrite=False, **parts):
@@ -48,8 +48,6 @@ class Work:
 
     def body(self):
         self.runs += 1
-        if self.fail:
-            raise KeyboardInterrupt
         ledger.write_text(self.folder / "out.txt", f"run {self.runs}")
         return Facts(self.runs)
 
@@ -180,15 +178,6 @@ def test_nothing_is_written_through_links(work, tmp_path_factory):
     assert work().facts.number == 1
 
 
-def test_interrupted_stage_starts_again(work):
-    work.fail = True
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert sorted(p.name for p in work.folder.iterdir()) == [".stages", "in.txt"]
-    work.fail = False
-    assert work(ratio=0.5).facts.number == 2  # nothing was left that other settings could clash with
-
-
 def test_a_failure_after_the_output_was_written_leaves_the_record(work):
     """As a broken pipe of a print, a plot that fails: the same command runs the stage again and is not refused."""
     body = work.body
@@ -234,7 +223,8 @@ def test_scratch_is_kept_for_the_same_inputs_only(work):
     assert (seen, scratch.exists()) == ([True], False)
 
 
-def test_journals_are_kept_for_the_same_inputs_and_never_in_the_way(work):
+def test_an_interrupted_stage_starts_again_with_its_journal_if_the_inputs_are_the_same(work):
+    """Nothing is left that other settings could clash with."""
     journal, seen, body = work.folder / "out.journal", [], work.body
 
     def stopped():
@@ -246,6 +236,7 @@ def test_journals_are_kept_for_the_same_inputs_and_never_in_the_way(work):
     for ratio in (0.3, 0.3, 0.4):
         with pytest.raises(KeyboardInterrupt):
             work(journals=[journal], ratio=ratio)
+    assert sorted(path.name for path in work.folder.iterdir()) == [".stages", "in.txt", "out.journal"]
     work.body = lambda: seen.append(journal.exists()) or body()
     work(journals=[journal], ratio=0.4)
     assert seen == [False, True, False, True]
