@@ -60,6 +60,9 @@ def test_gguf_by_command(export, tmp_path):
     code, said = export()
     assert (code, '(export.quantize was "q8_0", now "none")' in said) == (2, True)
     assert "add --overwrite to replace it, or write another format or quantisation to export-NAME/ with" in said
+    assert export("--overwrite")[0] == 0
+    assert (out / "teacher-pruned-BF16.gguf").is_file()
+    assert not (out / "teacher-pruned-Q8_0.gguf").exists()
 
 
 def test_exports_side_by_side_and_uploaded(export, tmp_path, monkeypatch):
