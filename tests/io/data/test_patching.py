@@ -1,4 +1,4 @@
-"""Images of any size: what stock transformers makes of them, rows and batches of several sizes, and refusals."""
+"""Images of any size, as tiles or patches: those of reference and stock processors; rows and batches; refusals."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from golden_cases import Golden
 from PIL import Image
 from prune_cases import EQUAL, config, expanded
 from refusal import refused
@@ -15,29 +16,28 @@ from vlm_cases import images_of
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.config import IGNORED
-from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.batching import train_batches
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.encoding import Encoder, Shape, measure
-from vlmprune_jax.io.data.images import ImageLoader
+from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.io.data.patching import Patching, patching_from_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.io.data.tiling import Tiling, closest_grid
 from vlmprune_jax.io.families.templates import QWEN2_5_VL, QWEN3_VL
+from vlmprune_jax.io.families.tiles import ImageShape
+from vlmprune_jax.io.families.towers import PIXELS
 
 TEMPLATES = {"qwen3_vl": QWEN3_VL, "qwen2_5_vl": QWEN2_5_VL}
 CASES = ("single", "two", "text", "tiny")
 TRAIN = {"batch_size": 2, "threads": 1}
 
 
-class Golden:
+class Family(Golden):
     """One family's images and chats, and what the processor of transformers makes of them."""
 
     def __init__(self, folder):
-        self.folder, self.name = folder, folder.name
-        with np.load(folder / "golden.npz") as stored:
-            self.arrays = dict(stored)
-        self.facts = json.loads((folder / "golden.json").read_text())
-        self.config = json.loads((folder / "ckpt/config.json").read_text())
+        super().__init__(folder)
         saved = json.loads((folder / "ckpt/processor_config.json").read_text())
         self.patching = patching_from_processor(saved["image_processor"], "processor_config.json")
         self.encoder = Encoder(
@@ -45,7 +45,7 @@ class Golden:
             template=TEMPLATES[folder.name],
             max_length=0,
             image_loader=ImageLoader(self.patching, max_pixels=10**6, cache_bytes=10**7),
-            image_token_id=self.config["image_token_id"],
+            image_token_id=self.model.cfg.image_token_id,
             tokens_per_image=0,
             max_images=2,
             truncate=False,
@@ -64,7 +64,7 @@ class Golden:
 
 @pytest.fixture(scope="module", params=TEMPLATES)
 def golden(goldens, request):
-    return Golden(goldens / "families" / request.param)
+    return Family(goldens / "families" / request.param)
 
 
 def test_patches_equal_the_processors(golden):
@@ -106,7 +106,7 @@ def test_images_stay_where_they_are(golden):
     marked = [f"<|vision_start|>{pad}<|vision_end|>" for pad in pads]
     assert f"<|im_start|>user\nSee{marked[0]}and{marked[1]}now<|im_end|>\n" in text
     first = {"qwen2_5_vl": "<|im_start|>system\nYou are a helpful", "qwen3_vl": "<|im_start|>user"}
-    assert text.startswith(first[golden.name])
+    assert text.startswith(first[golden.folder.name])
 
 
 def test_a_batch_of_several_sizes(golden):
@@ -236,11 +236,8 @@ def test_padding_on_either_side_and_several_tiles():
     assert set(found) == {"input_ids", "attention_mask"}
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
-def test_images_of_any_size_are_counted_by_their_grids(goldens, family):
-    with np.load(goldens / f"families/{family}/golden.npz") as stored:
-        two, grids = stored["two_input_ids"], stored["two_image_grid_thw"]
-    _, cfg = read_config(goldens / f"families/{family}/ckpt", None)
+def test_images_of_any_size_are_counted_by_their_grids(golden):
+    two, grids, cfg = golden.arrays["two_input_ids"], golden.arrays["two_image_grid_thw"], golden.model.cfg
     again = np.concatenate([[True], (two[1:] != cfg.image_token_id) | (two[:-1] != cfg.image_token_id)])
     found = vp.expand_images(two[again][None], cfg, image_grid_thw=grids)
     np.testing.assert_array_equal(found["input_ids"][0], two)
@@ -256,3 +253,140 @@ def test_what_does_not_fit_is_refused():
         refused("1 positive numbers, one per image", vp.expand_images, [[1, 61]], cfg, tiles=tiles)
     refused("takes tiles, not image_grid_thw", vp.expand_images, [[1, 61]], cfg, image_grid_thw=[[1, 2, 2]])
     refused("takes no images", vp.expand_images, [[1]], config((decoder_layer(2, 2, 4),)))
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+SMALL = Tiling(28, 1, 6, True, False, *PIXELS["internvit"], int(Image.Resampling.BICUBIC), True)
+FULL = dataclasses.replace(SMALL, size=448, max_tiles=12)
+
+
+def folder_with(tmp_path, **files):
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def load(folder, **options):
+    return load_image_processor(folder, DataSpec(aspect_ratio="pad", cache_megabytes=1, **options))
+
+
+def test_grids_equal_the_reference(goldens):
+    stored = json.loads((goldens / "data/internvl_grids.json").read_text())
+    assert len(stored["images"]) == 8
+    for name, expected in stored["images"].items():
+        image, _, most = name.partition("_max")
+        with Image.open(goldens / f"data/images/{image}.png") as opened:
+            size = opened.size
+        tiling = dataclasses.replace(SMALL, max_tiles=int(most))
+        assert tiling.plan(*size) == ImageShape(expected["rows"], expected["cols"], expected["tiles"]), name
+    rows = stored["grid_table_448"]["rows"]
+    assert len(rows) > 100
+    for width, height, most, columns, lines in rows:
+        assert closest_grid(width, height, 448, 1, most) == (columns, lines), (width, height, most)
+    assert FULL.plan(448, 448) == ImageShape(1, 1, 1)
+    assert FULL.plan(800, 600) == ImageShape(3, 4, 13)
+    assert FULL.plan(1000, 500) == ImageShape(1, 2, 3)  # a tie of 2x1, 4x2: not more than half the larger's pixels
+    assert FULL.plan(2000, 1000) == ImageShape(2, 4, 9)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_tiles_equal_the_reference(goldens, number):
+    stored = np.load(goldens / "data/images.npz")
+    with Image.open(goldens / f"data/images/img{number}.png") as opened:
+        image = opened.convert("RGB")
+    cut = np.stack([np.asarray(tile) for tile in SMALL.cut(image, 1)])
+    assert np.array_equal(cut, stored[f"internvl_img{number}_tiles_uint8"])
+    pixels = SMALL.prepare(image, 1)
+    assert pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels, stored[f"internvl_img{number}_pixel_values"], atol=1e-5, rtol=0)
+    whole = dataclasses.replace(SMALL, max_tiles=1, pad=True).prepare(image, 1)
+    np.testing.assert_allclose(whole[0], stored[f"internvl_img{number}_pad2square"], atol=1e-5, rtol=0)
+
+
+def test_chat_folder_says_how_to_cut(goldens, tmp_path):
+    chat = load(goldens / "ckpt/internvl").preparation
+    assert chat == dataclasses.replace(SMALL, size=56, max_tiles=12)
+    config = json.loads((goldens / "ckpt/internvl/config.json").read_text())
+    # The hub's folder has a CLIP processor too, which its code does not use for tiles.
+    clip = json.loads((goldens / "ckpt/clip_tower/preprocessor_config.json").read_text())
+    folder_with(tmp_path, config={**config, "max_dynamic_patch": 5, "use_thumbnail": False}, preprocessor_config=clip)
+    assert load(tmp_path).preparation == dataclasses.replace(SMALL, size=56, max_tiles=5, thumbnail=False)
+    folder_with(tmp_path, config={**config, "dynamic_image_size": False, "pad2square": True})
+    still = load(tmp_path)
+    assert still.preparation == dataclasses.replace(SMALL, size=56, max_tiles=1, thumbnail=False, pad=True)
+    assert still.load(goldens / "data/images/img3.png", "r").shape == (1, 3, 56, 56)
+    changed = load(goldens / "ckpt/internvl", max_tiles=6, min_tiles=2)
+    assert changed.preparation == dataclasses.replace(SMALL, size=56, min_tiles=2)
+
+
+def test_transformers_folder_equals_its_own_processor(goldens, tmp_path):
+    from transformers import GotOcr2ImageProcessorPil
+
+    config = {
+        "image_processor_type": "GotOcr2ImageProcessorFast",
+        "crop_to_patches": False,  # as in the hub's InternVL folders: their processor turns it on
+        "size": {"height": 28, "width": 28},
+        "min_patches": 2,
+        "max_patches": 7,
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.2, 0.3, 0.25],
+    }
+    own = GotOcr2ImageProcessorPil.from_dict(config)
+    loader = load(folder_with(tmp_path, processor_config={"image_processor": config}))
+    for number in range(4):
+        path = goldens / f"data/images/img{number}.png"
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+        expected = own(rgb, crop_to_patches=True, return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(loader.load(path, "r"), expected, atol=1e-5, rtol=0)
+
+
+def test_images_of_one_record_share_the_tiles(goldens):
+    def grid(plan):
+        return plan.columns, plan.rows
+
+    assert grid(FULL.plan(800, 600, 1)) == (4, 3)
+    assert grid(FULL.plan(800, 600, 2)) == (3, 2)  # at most 6 each
+    assert grid(FULL.plan(800, 600, 5)) == (1, 1)  # at most 2 each
+    assert FULL.plan(3000, 200, 30) == ImageShape()
+    assert [FULL.most(images) for images in (1, 2, 3, 12, 30)] == [13, 14, 15, 18, 30]
+    assert grid(dataclasses.replace(FULL, min_tiles=4).plan(448, 448, 6)) == (1, 1)  # the share is below the least
+    loader = ImageLoader(SMALL, max_pixels=10**6, cache_bytes=10**6)
+    paths = [goldens / f"data/images/img{n}.png" for n in (0, 3)]
+    counts = [image.slots for image in loader.shapes(paths, "r")]
+    assert counts == [len(loader.load(path, "r", 2)) for path in paths]
+    assert counts != [len(loader.load(path, "r", 1)) for path in paths]  # and the cache keeps them apart
+
+
+def test_headers_are_enough_to_count(goldens, tmp_path):
+    whole = (goldens / "data/images/img0.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "no.png").write_bytes(b"nothing")
+    for name, size in (("large", (1100, 1000)), ("grows", (80, 60)), ("thin", (5000, 1))):
+        Image.new("L", size).save(tmp_path / f"{name}.png")
+    loader = ImageLoader(SMALL, max_pixels=10**6, cache_bytes=0)
+    assert loader.shapes([tmp_path / "half.png"], "r")[0].slots == 7
+    for name, told in (("half", "not a readable image"), ("no", "none of JPEG"), ("large", "1100x1000 pixels exceeds")):
+        refused(rf"{name}\.png \(record r3\): .*{told}", loader.load, tmp_path / f"{name}.png", "r3")
+    few = ImageLoader(FULL, max_pixels=448 * 448 * 11, cache_bytes=0)
+    told = "image of 80x60 pixels exceeds the limit of 2207744 pixels after preparation"
+    refused(told, few.load, tmp_path / "grows.png", "r")
+    # A strip becomes twelve tiles, not 5,000 x 5,000 pixels.
+    thin = ImageLoader(FULL, max_pixels=448 * 448 * 12, cache_bytes=0).shapes([tmp_path / "thin.png"], "r")
+    assert thin == [ImageShape(1, 12, 13)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"force_image_size": None, "vision_config": {}}, "force_image_size is None"),
+        ({"force_image_size": "448"}, "force_image_size is '448'"),
+        ({"max_dynamic_patch": 0}, "max_dynamic_patch is 0, expected a whole number above 0"),
+        ({"min_dynamic_patch": 9, "max_dynamic_patch": 4}, "config.json: image tiles: min_tiles 9 and max_tiles 4"),
+        ({"max_dynamic_patch": 10**9}, "must be 1 <= min <= max <= 1000"),
+    ],
+)
+def test_bad_chat_configs(goldens, tmp_path, change, words):
+    config = json.loads((goldens / "ckpt/internvl/config.json").read_text())
+    refused(words, load, folder_with(tmp_path, config={**config, **change}))
