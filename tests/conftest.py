@@ -81,9 +81,10 @@ _SLOW_CASES = {
         "each[gemma4_moe-w8a8]", "each[qwen3_5_moe-w8a8]", "not_saved_apart",
     ),
     "io/families/test_video.py": ("texts[gemma4]"),
-    "core/prune/test_repair.py": ("[qwen3_5_moe]", "[gemma4_moe]"),
+    "core/prune/test_repair.py": (
+        "[qwen3_5_moe]", "[gemma4_moe]", "the_whole_model", "float64[4]", "stock_model_that_results",
+    ),
     "core/prune/test_reconstruction.py": ("on_the_device[qwen3_vl]", "on_the_device[gemma4]"),
-    "core/prune/test_block_traits.py": ("the_whole_model", "float64[4]", "stock_model_that_results"),
     "run/stages/test_preflight.py": ("[demo_reconstruct]", "[demo]"),
 }  # fmt: skip
 

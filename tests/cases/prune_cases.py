@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from stack_cases import decoder_layer, text_config, tower_config, tower_layer, with_facts
 
@@ -27,7 +28,7 @@ from vlmprune_jax.core.models.params import (
     unflatten,
     unstack_layers,
 )  # fmt: skip
-from vlmprune_jax.core.models.vlm import Model, forward
+from vlmprune_jax.core.models.vlm import ENCODED, Model, apply, forward
 from vlmprune_jax.core.part import LAYERS, Key
 from vlmprune_jax.core.plans.kept import axis_sizes
 from vlmprune_jax.core.prune import KeptLayer, PrunePlan, Scores, fingerprint
@@ -107,6 +108,20 @@ def batch(cfg: ModelConfig, rows: int = 4, length: int = 9, seed: int = 0) -> di
         pixels[-1] = 0
         result["pixel_values"] = pixels
     return result
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def plain_gradients(params: Any, cfg: ModelConfig, arrays: dict[str, Any], labels: Any) -> Any:
+    """Gradients of the mean loss over the labels of rows, by differentiation of the whole model."""
+
+    def loss(params: Any) -> jax.Array:
+        inputs = {name: arrays.get(name) for name in ENCODED}
+        logs = jax.nn.log_softmax(apply(params, cfg, arrays["input_ids"], **inputs)[0][:, :-1])
+        wanted = labels[:, 1:]
+        picked = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
+        return -jnp.mean(picked, where=wanted != -100)
+
+    return jax.grad(loss)(params)
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from block_cases import decoder_values
 from hf_cases import keep_layers, mean_loss, prune, random_ids
-from prune_cases import kept_units, layer_scores
+from prune_cases import kept_units, layer_scores, plain_gradients
 from refusal import refused
 from repository import load_arrays
 
@@ -17,7 +17,7 @@ import vlmprune_jax as vp
 from vlmprune_jax.core.models.inputs import read_inputs
 from vlmprune_jax.core.models.media import Packed, repack
 from vlmprune_jax.core.models.params import unstack_layers
-from vlmprune_jax.core.models.vlm import ENCODED, Model, apply, encode, to_nnx
+from vlmprune_jax.core.models.vlm import ENCODED, Model, encode, to_nnx
 from vlmprune_jax.core.prune import KeptLayer, gptq, reconstruction
 from vlmprune_jax.core.prune.batches import row_batches
 from vlmprune_jax.core.prune.calibration import calibration_batches
@@ -48,27 +48,15 @@ def in_rows(cfg, batch, packs):
     return {"media": inputs.media} | placed
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def gradients(params, cfg, arrays, labels):
-    def loss(params):
-        logs = jax.nn.log_softmax(
-            apply(params, cfg, arrays["input_ids"], **{name: arrays.get(name) for name in ENCODED})[0][:, :-1]
-        )
-        wanted = labels[:, 1:]
-        picked = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
-        keep = (wanted != -100).astype(jnp.float32)
-        return -(picked * keep).sum() / keep.sum()
-
-    return jax.grad(loss)(params)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_taylor_equals_plain_differentiation(goldens, family):
     model, batch = golden(goldens, family)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     arrays = in_rows(model.cfg, batch, len(ids))
-    found = gradients(model.params, model.cfg, arrays | {"input_ids": ids, "attention_mask": mask}, batch["labels"])
+    found = plain_gradients(
+        model.params, model.cfg, arrays | {"input_ids": ids, "attention_mask": mask}, batch["labels"]
+    )
     for stack in ("text", "vision"):
         scores = vp.score(model, [batch], criterion="taylor", variant="param_first", reduction="sum", stack=stack)
         weights, by = (unstack_layers(params, model.cfg, stack)[0] for params in (model.params, found))

@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from block_cases import packed
 from decoder_cases import fed_with, golden_decoder
-from prune_cases import EQUAL, OUTPUTS, UNEQUAL, assert_scores, batch, config, expanded, golden_llava, model
+from prune_cases import (
+    EQUAL,
+    OUTPUTS,
+    UNEQUAL,
+    assert_scores,
+    batch,
+    config,
+    expanded,
+    golden_llava,
+    model,
+    plain_gradients,
+)
 from refusal import refused
 from repository import load_arrays
 from rounding import assert_same_sums
@@ -20,7 +30,7 @@ from rounding import assert_same_sums
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import Stopped
 from vlmprune_jax.core.models.params import count_params, unstack_layers
-from vlmprune_jax.core.models.vlm import Model, apply, forward
+from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.core.prune import apply_plan, fingerprint, score
 from vlmprune_jax.core.prune.criteria import gradients
 from vlmprune_jax.io.checkpoints.read import load
@@ -30,23 +40,13 @@ from vlmprune_jax.io.exports.pruning import make_plan, prune_iteratively
 @functools.cache
 def row_gradients(cfg):
     """Gradients of the mean over the labels of each row."""
-    arrays, one = batch(cfg), model(cfg)
-
-    def loss(params, rows):
-        data = {name: jnp.asarray(array)[rows] for name, array in arrays.items()}
-        media = {"vision": packed(data["pixel_values"])} if "pixel_values" in data else {}
-        logits, _ = apply(params, cfg, data["input_ids"], media=media, attention_mask=data["attention_mask"])
-        logs, wanted = jax.nn.log_softmax(logits[:, :-1]), data["labels"][:, 1:]
-        picked = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
-        keep = (wanted != -100).astype(jnp.float32)
-        return -(picked * keep).sum() / keep.sum()
-
-    gradient = jax.jit(jax.grad(loss))
-    return [gradient(one.params, np.array([j])) for j in range(4)]
+    rows = [{name: array[j : j + 1] for name, array in batch(cfg).items()} for j in range(4)]
+    rows = [row | {"media": {"vision": packed(row.pop("pixel_values"))}} for row in rows]
+    return [plain_gradients(model(cfg).params, cfg, row, row["labels"]) for row in rows]
 
 
 @functools.cache
-def plain_gradients(cfg, stack):
+def gradients_of(cfg, stack):
     """Per layer and weight: W, the gradient of the mean over all labels, the mean of the rows' squared gradients."""
     rows = [unstack_layers(row, cfg, stack)[0] for row in row_gradients(cfg)]
     labels = (batch(cfg)["labels"][:, 1:] != -100).sum(axis=1)
@@ -70,7 +70,7 @@ READERS = {"text": ("gate_proj", "up_proj"), "vision": ("fc1",)}
 def expected_widths(cfg, variant, gqa, stack):
     heads, neurons = [], []
     (output, down), readers = OUTPUTS[stack], READERS[stack]
-    for layer, shape in zip(plain_gradients(cfg, stack), cfg.stack(stack).layers, strict=True):
+    for layer, shape in zip(gradients_of(cfg, stack), cfg.stack(stack).layers, strict=True):
         q, k, v = (channel(variant, *layer[f"self_attn/{n}_proj/weight"], -1).sum(-1) for n in "qkv")
         o = channel(variant, *layer[f"{output}/weight"], 0).sum(-1)
         if gqa == "groups" or shape.mixer.q_heads == shape.mixer.kv_heads:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from block_cases import real_values
-from hf_cases import random_ids
+from hf_cases import mean_loss, random_ids
 from prune_cases import EQUAL, UNEQUAL, assert_scores, batch, config, expanded, golden_llava, hand_plan, model, seeing
 from refusal import refused
 from repository import load_arrays
@@ -15,10 +15,8 @@ from stack_cases import tower_layer
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.cache import ArrayCache
-from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.models.params import flatten, unflatten, unstack_layers
 from vlmprune_jax.core.models.vlm import forward
-from vlmprune_jax.core.models.vocabulary import cross_entropy
 from vlmprune_jax.core.prune import CRITERIA, Criterion, KeptLayer, apply_plan, fingerprint, reconstruct, score
 from vlmprune_jax.core.prune.activations import _sums
 from vlmprune_jax.core.prune.criteria import greedy
@@ -226,23 +224,16 @@ def test_what_no_tower_has_is_refused(monkeypatch):
 # Greedy search, against the models that it chooses between, each pruned and run whole.
 
 
-def batches(rows=8, length=10, size=4):
-    """Half of the tokens are answers; every second row is padded."""
-    draw = np.random.default_rng(3)
-    ids, mask = draw.integers(0, 61, (rows, length)), np.ones((rows, length), np.int32)
-    mask[1::2, length - 2 :] = 0
-    labels = np.where((np.arange(length) >= length // 2) & (mask == 1), ids, IGNORED)
-    arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return [{name: one[at : at + size] for name, one in arrays.items()} for at in range(0, rows, size)]
+def batches():
+    cfg = config(EQUAL)
+    return [batch(cfg), batch(cfg, seed=3)]
 
 
 def loss(one, data):
     total = 0.0
     for rows in data:
         logits, _ = forward(one, rows["input_ids"], attention_mask=rows["attention_mask"])
-        wanted = rows["labels"][:, 1:]
-        losses = cross_entropy(logits[:, :-1], jnp.maximum(wanted, 0))
-        total += float(jnp.sum(jnp.where(wanted == IGNORED, 0.0, losses)))
+        total += mean_loss(logits, rows["labels"]) * (rows["labels"][:, 1:] != -100).sum()
     return total
 
 
