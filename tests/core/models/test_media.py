@@ -1,4 +1,4 @@
-"""Images of any size: positions, what does not fit together, prompts that share one, and windows in the kernel."""
+"""Images of any size and videos: positions, what does not fit together, windows in the kernel, frames of clips."""
 
 import dataclasses
 import json
@@ -17,6 +17,7 @@ from vlmprune_jax.core.models.generate import SharedPrefix
 from vlmprune_jax.core.models.kernels import segment_attention, xla_attention
 from vlmprune_jax.core.models.media import Packed, mrope_positions
 from vlmprune_jax.core.models.vision import places_of, windows_of
+from vlmprune_jax.core.video import DEFAULT_FRAMES, VideoConfig, frame_indices
 from vlmprune_jax.io.checkpoints.read import read_config
 
 IMAGE, VIDEO = 354, 355
@@ -88,14 +89,10 @@ def test_grids_that_do_not_fit(grids, said):
     refused(said, positions_of, ROWS, None, grids)
 
 
-@pytest.mark.parametrize(
-    "grids", [[[1, 2, 4], [3, 2, 2]], [[1, 2, 2], [1, 2, 2], [1, 2, 6]], [[[0] * 3, [1, 2, 4]], [[1, 6, 2], [0] * 3]]]
-)
-def test_grids_that_fit(grids):
-    positions_of(ROWS, None, grids)
-
-
-def test_text_among_the_tokens_of_an_image():
+def test_grids_that_fit_unless_text_is_among_the_tokens():
+    in_slots = [[[0] * 3, [1, 2, 4]], [[1, 6, 2], [0] * 3]]
+    for grids in ([[1, 2, 4], [3, 2, 2]], [[1, 2, 2], [1, 2, 2], [1, 2, 6]], in_slots):
+        positions_of(ROWS, None, grids)
     refused("text tokens interrupt", positions_of, np.array([[IMAGE, 1, IMAGE]]), None, [[1, 2, 4]])
 
 
@@ -198,3 +195,52 @@ def test_both_spellings_of_tied_embeddings(goldens, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert read_config(tmp_path)[1].text.tie_embeddings is tied
     assert dataclasses.replace(read_config(tmp_path)[1].text.rope, theta=1.0).sections == (1, 2, 3)
+
+
+# Family -> the rule of its processor, and values of its folder on the hub, in the tables' cases of longer clips.
+RULES = {
+    "qwen3_vl": ("linspace", {"min_frames": 4, "max_frames": 768, "fps": 2}),
+    "qwen2_5_vl": ("steps", {"min_frames": 4, "max_frames": 768}),
+    "smolvlm": ("trimmed", {"fps": 1, "num_frames": 64}),
+    "internvl3": ("middles", {}),
+    "gemma4": ("starts", {"num_frames": 32}),
+}
+
+
+@pytest.mark.parametrize("family", RULES)
+def test_frames_of_the_stock_processors(goldens, family):
+    """The indices of every case; every frame, or fewer, where the stock processor raises an error."""
+    golden, compared, (rule, hub) = json.loads((goldens / f"video/{family}/golden.json").read_text()), 0, RULES[family]
+    for case in golden["sampling"]:
+        setting, values = dict(case["setting"]), golden["video_processor"] | (hub if case["values"] == "hub" else {})
+        stock = setting.pop("stock", {})
+        if family == "qwen2_5_vl":  # the only processor that reads these arguments of a call
+            values = values | {name: stock[name] for name in ("min_frames", "max_frames") if name in stock}
+        names = ("fps", "num_frames", "min_frames", "max_frames")
+        given = {name: values[name] for name in names if values.get(name) is not None}
+        video = VideoConfig(rule, temporal_patch=values.get("temporal_patch_size", 1), **given)
+        every = list(range(case["frames"]))
+        indices = frame_indices(video, case["frames"], case["fps"], duration=case["duration"], **setting)
+        # Gemma 4 has no rate; both settings at once are refused
+        if "exclusive" in case.get("error", "") or "initial_shift" in stock or "do_sample_frames" in stock:
+            continue
+        if "error" in case:
+            assert indices == every, case
+        elif "count" in case:
+            assert (len(indices), indices[:6], indices[-6:]) == (case["count"], case["first"], case["last"]), case
+            assert sum(indices) == case["sum"], case
+        elif case["indices"] == "all" and case["frames"] > DEFAULT_FRAMES and not setting:
+            assert len(indices) == DEFAULT_FRAMES  # our default, since every frame of a long clip fits in no memory
+        else:
+            expected = every if case["indices"] == "all" else case["indices"]
+            assert indices == [index for index in expected if index < case["frames"]], case
+        compared += 1
+    assert compared >= 60
+
+
+def test_frames_at_a_rate_for_gemma4_and_at_least_one_temporal_patch():
+    video = VideoConfig("starts", num_frames=32)
+    assert frame_indices(video, 100, 25.0, video_fps=1) == [0, 25, 50, 75]
+    assert frame_indices(video, 10, 25.0, video_fps=1) == [0]
+    steps = VideoConfig("steps", temporal_patch=2, min_frames=4, max_frames=768)
+    assert frame_indices(steps, 16, 8.0, video_frames=1) == [0, 8]
