@@ -43,7 +43,7 @@ _BYTES = [b"", b"\0" * 400, b"[" * 50_000, b'{"a":' * 10_000, b"\xff\xfe\x00", b
 
 
 def fuzz(examples: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
-    """A test of so many examples, times `TIMES`, of which none may hang."""
+    """Call the function below at once with so many examples, times `TIMES`, of which none may hang."""
     told = settings(
         max_examples=examples * TIMES,
         derandomize=TIMES == 1,
@@ -52,7 +52,7 @@ def fuzz(examples: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Any],
         phases=(Phase.generate,),  # one or two edits of a whole file: nothing to shrink
         suppress_health_check=list(HealthCheck),
     )
-    return lambda test: told(given(**strategies)(test))
+    return lambda check: told(given(**strategies)(check))()
 
 
 def reads(read: Callable[[], Any], *names: str) -> Any:
@@ -157,8 +157,6 @@ def fuzz_file(
         path.write_bytes(content)
         reads(read, *(names or [path.name]))
 
-    check()
-
 
 def fuzz_folder(examples: int, folder: Path, read: Callable[[], Any]) -> None:
     """Damage one file of a folder at a time; `read` returns or refuses in a line that says the folder's name."""
@@ -174,8 +172,6 @@ def fuzz_folder(examples: int, folder: Path, read: Callable[[], Any]) -> None:
         for path, content in {**files, change[0]: change[1]}.items():
             path.write_bytes(content)
         reads(read, folder.name)
-
-    check()
 
 
 def with_member(whole: bytes, name: str, content: bytes) -> bytes:

@@ -213,8 +213,6 @@ def test_video_processors(goldens, clip, tmp_path, family):
         loaded = in_little_memory(lambda: reads(read, tmp_path.name, "record r1"))
         assert loaded is None or loaded[1].shape[-len(loaded[0]) :] == loaded[0]
 
-    check()
-
 
 def test_settings_of_videos(clip):
     """Whatever the section `data` accepts, a small clip is read, or a line says which limit it exceeds."""
@@ -230,8 +228,6 @@ def test_settings_of_videos(clip):
 
         found = in_little_memory(lambda: reads(read, "data.", "record r1"))
         assert found is None or len(found.frames) == len(found.indices)
-
-    check()
 
 
 def test_sampling():
@@ -251,8 +247,6 @@ def test_sampling():
         assert set(indices) <= set(range(total))
         assert len(indices) <= max(total, asked.get("video_frames") or 0)
 
-    check()
-
 
 def test_parts(clip):
     odd, reader = (
@@ -264,8 +258,6 @@ def test_parts(clip):
     def check(part):
         info = reads(lambda: reader.describe(clip, "r1", video_part(part, [clip], "file, record r1")), "record r1")
         assert info is None or {*info.indices} <= {*range(16)}
-
-    check()
 
 
 def test_facts_of_a_clip(clip, monkeypatch):
@@ -281,5 +273,3 @@ def test_facts_of_a_clip(clip, monkeypatch):
         with clip.open("rb") as file:
             facts = reads(lambda: process.describe(file, "main.mp4", LIMITS), "main.mp4")
         assert facts is None or (facts.total >= 1 and 0 < facts.fps < math.inf)
-
-    check()

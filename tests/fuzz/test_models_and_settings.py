@@ -216,8 +216,6 @@ def test_overrides():
         if isinstance(values, dict):
             reads(lambda: check_experiment(override(Experiment(), values)))
 
-    check()
-
 
 def names(section, where=""):
     for field in dataclasses.fields(section):
@@ -235,8 +233,6 @@ def test_flags(tmp_path):
     @fuzz(60, name=st.sampled_from(known), value=st.sampled_from(VALUES))
     def check(name, value):
         reads(lambda: experiment_of(f"--config={CONFIG}", f"--workdir={tmp_path}", f"--config.{name}={value}"))
-
-    check()
 
 
 def test_yaml(tmp_path):

@@ -99,8 +99,6 @@ def test_sizes_of_plans(tmp_path):
             reads(lambda: [*removed_section(tmp_path, [path.name])], "")
             reads(lambda: check_plan_is_for(Model({}, CFG), plan), "plan of another model")
 
-    check()
-
 
 def score_files(path):
     """Archives with an array, its header or what describes all of them edited, or damaged as bytes."""
@@ -177,8 +175,6 @@ def test_metrics_of_a_resumed_run(tmp_path):
         path.write_bytes(content)
         (tmp_path / "skipped-0.jsonl").write_bytes(skipped)
         reads(resume, path.name, "skipped-0.jsonl")
-
-    check()
 
 
 def test_array_caches(tmp_path):
