@@ -91,6 +91,8 @@ PATCHES = {
     "image_std": [0.5, 0.5, 0.5],
 }
 TILES = {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 28, "width": 28}}
+SPLITS = {"image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 48}, "do_image_splitting": True}
+SPLITS |= {"max_image_size": {"longest_edge": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,9 @@ TILES = {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 28,
         (PATCHES | {"merge_size": None, "image_mean": None}, "merge_size, image_mean"),
         ({name: value for name, value in PATCHES.items() if name != "size"}, "has no min_pixels, max_pixels"),
         (PATCHES | {"do_resize": False}, "do_resize false"),
+        (SPLITS | {"do_rescale": False}, "do_rescale false is not supported for split images"),
+        (SPLITS | {"size": {"height": 48, "width": 48}}, "has no longest_edge"),
+        (SPLITS | {"max_image_size": {"longest_edge": 1}}, "give up to 2305 tiles per image, more than the maximum of"),
     ],
 )
 def test_settings_that_no_processor_has(tmp_path, settings, words, monkeypatch):
@@ -146,6 +151,7 @@ def test_settings_that_no_processor_has(tmp_path, settings, words, monkeypatch):
         (PATCHES, {}, {"image_size": 56}, "returns patches of .* tower takes 56 x 56 pixels"),
         (PATCHES, {}, {"patches": (1536, 2)}, "patches of 1176 values, 2 per side of a token, but the .* of 1536"),
         (PATCHES, {}, {"patches": (1176, 3)}, "tower takes patches of 1176 values, 3 per side of a token"),
+        (SPLITS, {}, {"image_size": 12}, "returns 24 x 24 pixels, but the vision tower takes 12 x 12"),
         (TILES, {}, {"patches": (1176, 2)}, "returns 28 x 28 pixels, but the vision tower takes patches of 1176"),
         (PATCHES, {"max_tiles": 3}, {}, "does not cut images into tiles by their aspect ratio: unset data.max_tiles"),
         (
