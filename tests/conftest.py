@@ -71,12 +71,10 @@ _SLOW_CASES = {
     "run/demo/test_demo.py": ("counts_and_images",),
     "core/mesh/test_mesh.py": ("not_there_is_one_line",),
     "run/evaluation/test_runner.py": ("equal_rows_alone",),
-    "io/exports/test_convert.py": ("[bunny-depth-4.57]", "[bunny-depth-5]"),
     "io/exports/test_gguf_families.py": (
         "[gemma4_moe-experts]", "[internvl_moe-all]", "[qwen3_5_moe-]", "[qwen3_5_moe-all]", "[qwen3_5_moe-depth]",
         "[qwen3_5_r1-all]", "[qwen3_5_r3-all]", "[qwen3_5_r3-value_heads_2]",
     ),
-    "io/exports/test_support_matrix.py": ("[internvl-to-source]",),
     "io/families/test_experts.py": (
         "each[gemma4_moe-w8a8]", "each[qwen3_5_moe-w8a8]", "not_saved_apart",
     ),

@@ -181,6 +181,16 @@ def keep_width(
     return prune(model, layers)
 
 
+def unequal(model: Model) -> Model:
+    """No layer is whole, no two neighbours are alike, and groups of several query heads become smaller in layer 1."""
+    first = model.cfg.text.layers[0]
+    heads, per_group = first.mixer.kv_heads, first.mixer.q_heads // first.mixer.kv_heads
+    for i in range(len(model.cfg.text.layers)):
+        kv_heads, neurons = range(max(1, heads - 1 - i % 2)), range(i, i + 38 + 6 * (i % 2))
+        model, _ = keep_width(model, kv_heads, neurons, [i], max(1, per_group - 1) if i == 1 else None)
+    return model
+
+
 def random_ids(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
     """Two rows of 20 random ids, with an image each if the model has a tower.
 

@@ -1,4 +1,9 @@
-"""Exported folders in stock transformers on torch, versions 5 and 4.57: the same logits within 1e-4."""
+"""Exported folders loaded again, in stock transformers on torch (5 and 4.57): the support matrix, and check_export.
+
+The matrix is (family, source layout) x target layout x (depth, width, uneven kept | padded). A folder that transformers
+can load, by a stock class or by the shipped file, is loaded in torch with both versions: the same logits within 1e-4.
+A hub layout written back (target "source") needs the hub's own code, which is not ours to run: it is reloaded in JAX.
+"""
 
 import dataclasses
 import io
@@ -12,17 +17,142 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from decoder_cases import PHI3, QWEN3
-from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_folder, random_ids
+from decoder_cases import MISTRAL, PHI, PHI3, QWEN2, QWEN3
+from hf_cases import (
+    LFM2_VL,
+    LLAMA,
+    LLAVA,
+    edit_weights,
+    keep_layers,
+    keep_width,
+    make_folder,
+    make_vlm_folder,
+    random_ids,
+    unequal,
+)  # fmt: skip
 from refusal import refused
 from rounding import assert_same_function, double_logits
 from torch_compat import VERSIONS
+from vlm_cases import (
+    TEXTS,
+    TOWERS,
+    gemma3_config,
+    internvl_chat_config,
+    internvl_config,
+    llava_config,
+    qwen_vl_config,
+    smolvlm_config,
+)
 
 import vlmprune_jax as vp
 from vlmprune_jax.io.exports import reload
 from vlmprune_jax.io.exports.reload import check_export
+from vlmprune_jax.io.families import detect
 
 CAUSAL, IMAGES = "AutoModelForCausalLM", "AutoModelForImageTextToText"
+GOLDEN = {"llava_orig": "clip_tower", "bunny": "siglip_tower", "internvl": None}
+NATIVE = {
+    **{"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "phi": PHI, "phi3": PHI3},
+    **{f"llava-{tower}-{text}": llava_config(text, tower) for tower in TOWERS for text in TEXTS},
+    **{f"internvl-{text}": internvl_config(text) for text in ("llama", "qwen2", "qwen3", "phi3")},
+    "smolvlm-llama": smolvlm_config("llama"),
+    "gemma3": gemma3_config(),
+    **{name: qwen_vl_config(name) for name in ("qwen3_vl", "qwen2_5_vl")},
+}
+# The chat layout with pixel shuffle v2, the only one that transformers has, and a decoder that is not Phi-3.
+CHAT = {f"internvl_chat-{t}": internvl_chat_config(t) | {"ps_version": "v2"} for t in ("llama", "qwen2")}
+for _config in CHAT.values():
+    _config["force_image_size"] = _config["vision_config"]["image_size"]
+
+
+def fewer_heads(model):
+    """All layers lose the same heads and neurons; neurons alone where the class has no other size of a head."""
+    heads = model.cfg.text.layers[0].mixer.kv_heads
+    return keep_width(model, range(0 if model.cfg.text.whole_heads else 1, heads), range(3, 51))[0]
+
+
+MODES = {
+    "depth": (lambda model: keep_layers(model, [0, 2])[0], "refuse"),
+    "width": (fewer_heads, "refuse"),
+    "per_layer": (unequal, "per_layer"),
+    "pad": (unequal, "pad"),
+}
+CELLS = [
+    *((name, "transformers", mode) for name in (*NATIVE, *GOLDEN, *CHAT) for mode in MODES),
+    *((name, "source", mode) for name in (*GOLDEN, *CHAT) for mode in MODES),
+]
+QUICK = {("bunny", "transformers", "width"), *(("phi3", "transformers", mode) for mode in MODES)}
+
+
+@pytest.fixture(scope="module")
+def sources(goldens, tmp_path_factory):
+    """Callable name -> (folder, model), made once."""
+    made = {}
+
+    def source(name):
+        if name not in made:
+            if name in GOLDEN:
+                folder, tower = goldens / "ckpt" / name, GOLDEN[name] and goldens / "ckpt" / GOLDEN[name]
+            else:
+                config, tower = {**NATIVE, **CHAT}[name], None
+                make = make_vlm_folder if "vision_config" in config else make_folder
+                folder = make(tmp_path_factory.mktemp("source") / name, config)
+            made[name] = folder, tower, vp.load(folder, vision_dir=tower)
+        return made[name]
+
+    return source
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "mode"),
+    [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow, id="-".join(c)) for c in CELLS],
+)
+def test_cell(sources, torch_outputs, tmp_path, name, target, mode):
+    """Of a folder that was converted, greedy tokens too."""
+    (source, tower, model), out, (prune, policy) = sources(name), tmp_path / "out", MODES[mode]
+    pruned = prune(model)
+    vp.save(pruned, out, source_dir=source, layout=target, uneven=policy, dtype="float32")
+    inputs = random_ids(pruned)
+    if target == "source":
+        again = vp.load(out, vision_dir=tower)
+        assert_same_function(double_logits(again, **inputs), double_logits(pruned, **inputs))
+        return
+    ships, config = (out / "modeling_per_layer.py").is_file(), json.loads((out / "config.json").read_text())
+    assert ships == (mode == "per_layer")
+    expected, count = np.asarray(vp.forward(pruned, **inputs)[0]), 6 if name not in NATIVE else None
+    tokens = vp.generate(pruned, max_new_tokens=count, eos_token_ids=(), **inputs) if count else None
+    image = config.get("image_token_id", config.get("image_token_index"))
+    if image is not None:
+        ids = inputs["input_ids"]
+        inputs = inputs | {"input_ids": np.where(ids == pruned.cfg.image_token_id, image, ids)}
+    if pruned.cfg.text.sees_images:
+        inputs = inputs | {"token_type_ids": (inputs["input_ids"] == image).astype(int)}
+    by_row = detect(config, "matrix").stock.by_row
+    if by_row:
+        inputs = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
+    for version in VERSIONS:
+        if by_row and version == "4.57":  # takes the wrong positions for an image in float32: texts alone
+            inputs = {"input_ids": inputs["input_ids"][:, -17:]}
+            expected = np.asarray(vp.forward(pruned, **inputs)[0])
+        options = {"class_name": CAUSAL if image is None else IMAGES, "trust_remote_code": ships}
+        found = torch_outputs(out, inputs, version=version, max_new_tokens=count, **options)
+        logits = found["logits"][..., : expected.shape[-1]]
+        np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0, err_msg=version)
+        # new words never win: their rows are the mean of all
+        np.testing.assert_array_equal(found["logits"].argmax(-1), logits.argmax(-1))
+        if count:
+            np.testing.assert_array_equal(found["tokens"], tokens)
+
+
+def test_every_family_is_in_the_matrix(goldens):
+    configs = [*NATIVE.values(), *CHAT.values()]
+    configs += [json.loads((goldens / "ckpt" / name / "config.json").read_text()) for name in GOLDEN]
+    # classes that hold no unequal layers: tests/families
+    for name in ("gemma4", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "internvl_moe"):
+        configs.append(json.loads((goldens / "families" / name / "ckpt/config.json").read_text()))
+    configs.append(configs[-1]["text_config"])  # Qwen3-MoE alone
+    configs += [LFM2_VL, LFM2_VL["text_config"]]
+    assert {detect(config, "matrix") for config in configs} == set(vp.families.values())
 
 
 def saved(folder, config, dtype="float32", kept=(0, 3)):
@@ -43,7 +173,7 @@ def saved(folder, config, dtype="float32", kept=(0, 3)):
     ids=["llama", "llava"],
 )
 def test_heads_that_do_not_divide(torch_outputs, tmp_path, monkeypatch, config, auto, dtype, version):
-    """In several shards; Mistral's class takes 5 of 6 heads. Other folders are in test_support_matrix.py and below."""
+    """In several shards; Mistral's class takes 5 of 6 heads. Others: above and below."""
     monkeypatch.setattr("vlmprune_jax.io.exports.folder.MAX_SHARD_BYTES", 30_000)
     source, out = make_folder(tmp_path / "source", config), tmp_path / "out"
     model, plan = keep_width(vp.load(source), [0, 1, 3, 4, 5], range(0, 56, 2))
@@ -70,22 +200,11 @@ UNEQUAL = {
 NAMES = [pytest.param(name, marks=() if name in ("llama", "phi3") else pytest.mark.slow) for name in UNEQUAL]
 
 
-def narrow(model):
-    """No layer is whole, no two neighbours are alike, and groups of several query heads become smaller in layer 1."""
-    first = model.cfg.text.layers[0]
-    heads, per_group = first.mixer.kv_heads, first.mixer.q_heads // first.mixer.kv_heads
-    for i in range(len(model.cfg.text.layers)):
-        kv_heads, neurons = range(max(1, heads - 1 - i % 2)), range(i, i + 38 + 6 * (i % 2))
-        of_each_group = max(1, per_group - 1) if i == 1 else None
-        model, _ = keep_width(model, kv_heads, neurons, only=[i], of_each_group=of_each_group)
-    return model
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_computes_the_same(torch_outputs, tmp_path, name):
     """Logits, greedy tokens with a cache, and the folder that save_pretrained writes."""
     source, out = make_folder(tmp_path / "source", UNEQUAL[name][0]), tmp_path / "out"
-    model = narrow(vp.load(source))
+    model = unequal(vp.load(source))
     vp.save(model, out, source_dir=source, uneven="per_layer", dtype="float32")
     inputs, folder = random_ids(model), tmp_path / "saved"
     expected = np.asarray(vp.forward(model, **inputs)[0])
@@ -111,7 +230,7 @@ def test_torch_computes_the_same(torch_outputs, tmp_path, name):
 def test_an_even_folder_made_of_one_has_no_loader(tmp_path, uneven):
     """Pruned on, or padded, it is a stock folder again."""
     source, out = make_folder(tmp_path / "source", LLAMA), tmp_path / "out"
-    vp.save(narrow(vp.load(source)), out, source_dir=source, uneven="per_layer", dtype="float32")
+    vp.save(unequal(vp.load(source)), out, source_dir=source, uneven="per_layer", dtype="float32")
     model = vp.load(out)
     if uneven == "per_layer":
         model, _ = keep_layers(model, [0, 2])  # these two are alike in heads and neurons
