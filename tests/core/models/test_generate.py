@@ -121,6 +121,7 @@ def test_sliding_window_across_a_shared_prefix():
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"attention_mask": np.zeros((1, 3), int)}, "row 0 of the prompts contains only padding"),
+        ({"attention_mask": np.full((1, 3), 2)}, "attention_mask has values up to 2, expected 0 and 1"),
         ({"input_ids": np.array([[1, 2, 99999]])}, "outside the vocabulary of 416"),
         ({"input_ids": np.array([[1, IMAGE, 2]])}, "pixel_values is missing"),
     ],

@@ -199,6 +199,8 @@ CONFIGS = [
     ("qwen2_5_vl", "vision_config", {"fullatt_block_indexes": [1, 7]}, r"\[1, 7\] must be layer numbers .* 0 to 3"),
     ("qwen2_5_vl", "text_config", {"rope_parameters": {"type": "yarn", "mrope_section": [1, 2, 3]}}, "yarn rope"),
     ("gemma4", "text_config", {"per_layer_config": {"1": {"head_dim": 20}}}, "out of date.*layer 1"),
+    ("gemma4", "text_config", {"per_layer_config": {"9": {}}}, "out of date.*layers that do not exist"),
+    ("gemma4_moe", "text_config", {"use_double_wide_mlp": True}, "use_double_wide_mlp is not supported with experts"),
     ("qwen3_vl_moe", "text_config", {"num_experts": 6}, r"layers\.0\.\S+ has shape \[8, .*\], config\.json says \[6, "),
     ("qwen3_vl_moe", "text_config", {"num_experts": 1}, "has 1 experts, but every token uses 2: keep at least 2"),
     ("qwen3_vl_moe", "text_config", {"num_local_experts": 6}, "num_experts is 8 but num_local_experts is 6"),

@@ -48,6 +48,7 @@ def test_every_field_of_every_section_is_declared():
     [
         ({"score": {"gqa": "group"}}, "score.gqa 'group' is not one of groups, q_heads; did you mean 'groups'"),
         ({"data": {"template": "buny"}}, "data.template 'buny' is not one of auto, .*; did you mean 'bunny'"),
+        ({"data": {"video_fps": 2.0, "video_frames": 8}}, "data.video_fps=2 and data.video_frames=8 are both set"),
         ({"prune_variants": {"a": {"prune": {"rounding": "up"}}}}, "prune.rounding 'up' is not one of nearest"),
         ({"recover_variants": {"a": {"recover": {"losses": {"extra": {"k": 1}}}}}}, "extra has no term 'k'"),
         *(
