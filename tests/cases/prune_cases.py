@@ -130,9 +130,9 @@ def golden_llava(goldens: Path) -> Model:
     return load(goldens / "ckpt" / "llava_orig", vision_dir=goldens / "ckpt" / "clip_tower", dtype="float32", mesh=None)
 
 
-def expanded(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """A golden batch with every -200 written out as 16 patches, as the processors do."""
-    times = np.where(ids == -200, 16, 1) * (mask == 1)
+def expanded(ids: Any, mask: Any, labels: Any, pixels: Any, patches: int = 16) -> dict[str, np.ndarray]:
+    """A golden batch with every -200 written out as its patches, as the processors do."""
+    times = np.where(ids == -200, patches, 1) * (mask == 1)
     lengths = times.sum(axis=1)
     real = np.arange(lengths.max())[None] < lengths[:, None]
     found = {"pixel_values": pixels[:, None], "attention_mask": real.astype(int)}

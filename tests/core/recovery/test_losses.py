@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import recover_cases as cases
 import torch
-from prune_cases import hand_plan, kept_units
+from prune_cases import expanded, hand_plan, kept_units
 from refusal import refused
 from repository import load_arrays
 
@@ -65,13 +65,17 @@ def terms():
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def distill(goldens, request):
-    """The teacher, the two students, and the batch of distill/<family>.npz with images expanded."""
+    """The teacher, the two students, and the batch of distill/<family>.npz, padded after images are expanded."""
     checkpoint, tower, inputs = FAMILIES[request.param]
     teacher = load(goldens / "ckpt" / checkpoint, vision_dir=tower and goldens / "ckpt" / tower)
     facts = json.loads((goldens / f"distill/{request.param}.json").read_text())["students"]
     students = {kind: apply_plan(teacher, _plan(teacher, facts[kind])) for kind in ("layer", "width")}
     arrays = load_arrays(goldens / f"distill/{request.param}.npz")
-    batch = _expand(arrays, teacher.cfg.tokens_per_image) if inputs == "student" else _tiles(arrays, teacher.cfg)
+    rows = [arrays[name] for name in ("input_ids", "attention_mask", "labels", "pixel_values")]
+    batch = expanded(*rows, teacher.cfg.tokens_per_image) if inputs == "student" else _tiles(*rows, teacher.cfg)
+    assert batch["input_ids"].shape == arrays["teacher_hidden_-1"].shape[:2]
+    batch["media"] = {"vision": Packed(batch.pop("pixel_values"))}
+    batch = jax.tree.map(jnp.asarray, batch)
     assert batch["attention_mask"].sum() < batch["attention_mask"].size  # padding takes part in the reference's losses
     measure = LossConfig(1.0, 1.0, 1.0, 1.0, temperature=2.0, teacher_inputs=inputs, reference_compat=True, chunk=7)
     return teacher, students, facts, arrays, batch, measure
@@ -97,30 +101,12 @@ def _plan(teacher, facts) -> PrunePlan:
     return hand_plan(teacher.cfg, fingerprint(teacher), "depth", "golden", text=layers)
 
 
-def _expand(arrays, n: int) -> dict[str, jax.Array]:
-    """The batch after splicing: image positions repeated, padded to one length (the reference pads after splicing)."""
-    length = arrays["teacher_hidden_-1"].shape[1]
-    rows = len(arrays["input_ids"])
-    batch = {name: np.zeros((rows, length), np.int32) for name in ("input_ids", "attention_mask", "labels")}
-    batch["labels"][:] = -100
-    for r in range(rows):
-        real = arrays["attention_mask"][r] == 1
-        ids, labels = arrays["input_ids"][r][real], arrays["labels"][r][real]
-        repeats = np.where(ids == -200, n, 1)
-        ids, labels = np.repeat(ids, repeats), np.repeat(np.where(ids == -200, -100, labels), repeats)
-        batch["input_ids"][r, : len(ids)], batch["labels"][r, : len(ids)] = ids, labels
-        batch["attention_mask"][r, : len(ids)] = 1
-    batch["media"] = {"vision": Packed(arrays["pixel_values"][:, None])}
-    return jax.tree.map(jnp.asarray, batch)
-
-
-def _tiles(arrays, cfg) -> dict[str, jax.Array]:
+def _tiles(ids, mask, labels, tiles, cfg) -> dict[str, np.ndarray]:
     """InternVL's batch: ids are expanded, tiles of all rows come one after the other."""
-    counts = (arrays["input_ids"] == cfg.image_token_id).sum(axis=1) // cfg.tokens_per_image
-    pixels = np.zeros((len(counts), counts.max(), *arrays["pixel_values"].shape[1:]), np.float32)
-    pixels[np.arange(counts.max()) < counts[:, None]] = arrays["pixel_values"]
-    batch = {name: arrays[name].astype(np.int32) for name in ("input_ids", "attention_mask", "labels")}
-    return jax.tree.map(jnp.asarray, {**batch, "media": {"vision": Packed(pixels)}})
+    counts = (ids == cfg.image_token_id).sum(axis=1) // cfg.tokens_per_image
+    pixels = np.zeros((len(counts), counts.max(), *tiles.shape[1:]), np.float32)
+    pixels[np.arange(counts.max()) < counts[:, None]] = tiles
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels}
 
 
 def _sums(student, teacher, batch, loss: LossConfig, flat, kept=None):
