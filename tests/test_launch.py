@@ -3,10 +3,10 @@ and worker.sh, which starts vlmprune on a machine of a slice: it outlives its co
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -74,14 +74,9 @@ def launch(tmp_path):
 
 
 def kinds(calls: list[list[str]]) -> list[str]:
-    """What each call of gcloud does: create, describe, delete, scp, or the part of worker.sh."""
-    names = {"create", "describe", "delete", "scp"}
-    commands = [next((a for a in call if a.startswith("--command=")), "") for call in calls]
-    parts = [
-        next((a for a in call if a in names), None) or shlex.split(command)[-1 if "setup" in command else 1]
-        for call, command in zip(calls, commands, strict=True)
-    ]
-    return [part for part in parts if part not in ("describe", "scp", "-p", "setup")]
+    """What each call of gcloud does besides looking and setting up: create, delete, or the part of worker.sh."""
+    texts = [text for text in map(" ".join, calls) if not re.search(r" describe | scp |=mkdir |worker.sh setup", text)]
+    return [re.search(r"(?<=queued-resources )\w+|(?<=worker.sh )\w+", text)[0] for text in texts]
 
 
 TPU_ACTIONS = {
@@ -106,10 +101,7 @@ DELETE = ["xpk", "workload", "delete", *ON_CLUSTER, "--workload=w", "--force"]
 SELECTOR = "jobset.sigs.k8s.io/jobset-name=w,batch.kubernetes.io/job-completion-index=0"
 GKE_ACTIONS = {
     "create": [["xpk", "cluster", "create", *ON_CLUSTER, "--tpu-type=v5litepod-16", "--num-slices=1"]],
-    "setup": [
-        ["docker", "build", "--build-arg", "EXTRAS=tpu", "--tag", "i", str(ROOT)],
-        ["docker", "push", "i"],
-    ],
+    "setup": [["docker", "build", "--build-arg", "EXTRAS=tpu", "--tag", "i", str(ROOT)], ["docker", "push", "i"]],
     "run": [WORKLOAD],
     "resume": [DELETE, WORKLOAD],
     "logs": [["kubectl", "logs", "--follow", "--tail=100", f"--selector={SELECTOR}"]],
@@ -228,14 +220,13 @@ def test_the_state_of_a_group_is_that_of_its_vms(launch):
 
 def test_a_bucket_is_at_one_place_for_all_workers(launch, tmp_path):
     """On TPU VMs each worker mounts it, which takes gcsfuse and happens once; XPK attaches it to the cluster."""
-    calls = launch("tpu_vm.sh", "setup", env={**TPU, "BUCKET": "data"})[1]
+    bucket = {"BUCKET": "data"}
+    calls = launch("tpu_vm.sh", "setup", env=TPU | bucket)[1]
     assert calls[-1] == [*ON_ALL, "--command=vlmprune-jax/launch/worker.sh setup data"]
-    assert launch("gke.sh", "create", env={**GKE, "BUCKET": "data"})[1][0][-1] == "--enable-gcsfuse-csi-driver"
-    attached = launch("gke.sh", "setup", env={**GKE, "BUCKET": "data"})[1][-1]
+    assert launch("gke.sh", "create", env=GKE | bucket)[1][0][-1] == "--enable-gcsfuse-csi-driver"
+    attached = launch("gke.sh", "setup", env=GKE | bucket)[1][-1]
     assert attached[:4] == ["xpk", "storage", "attach", "data"]
-    assert (
-        "--mount=gs://data:/mnt/data:rw" in launch("gcluster.sh", "run", *RUN, env={**GCLUSTER, "BUCKET": "data"})[1][0]
-    )
+    assert "--mount=gs://data:/mnt/data:rw" in launch("gcluster.sh", "run", *RUN, env=GCLUSTER | bucket)[1][0]
     assert {"--type=gcsfuse", "--bucket=data", "--mount-point=/mnt/data", "--auto-mount=true"} < set(attached)
 
     for name in ("gcsfuse", "sudo", "apt-get", "curl"):
@@ -357,8 +348,8 @@ def test_a_sweep_on_a_cluster_is_a_workload_each(launch, by, env, name):
 def test_scripts_are_short_and_shellcheck_finds_nothing():
     slices, clusters = {"tpu_vm.sh", "gce.sh", "spot_loop.sh", "worker.sh", "mount.sh"}, {"gke.sh", "gcluster.sh"}
     assert {path.name for path in SCRIPTS} == {*slices, *clusters, "sweep.sh", "lib.sh"}
-    lengths = {path.name: len(path.read_text().splitlines()) for path in SCRIPTS}
-    assert all(length <= (90 if name in ("gce.sh", "lib.sh") else 40) for name, length in lengths.items())
+    limits = {"gce.sh": 90, "lib.sh": 90}
+    assert all(path.read_text().count("\n") <= limits.get(path.name, 40) for path in SCRIPTS)
     done = subprocess.run([Path(sys.executable).with_name("shellcheck"), *SCRIPTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -376,27 +367,18 @@ def worker(tmp_path):
     program += 'until [[ -f go ]]; do sleep 0.05; done\nexit "$(cat go)"\n'
     add_program(home / ".venv/bin", "vlmprune", program)
 
-    def start(*arguments, output=subprocess.PIPE):
+    def start(*arguments):
         command = ["bash", home / "launch/worker.sh", *arguments]
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     return start, home
 
 
-def wait_for(path, text):
-    for _ in range(20 * HANG):
-        if path.exists() and text in path.read_text():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{path} never said {text}")
-
-
 def test_a_worker_outlives_its_connection_and_is_not_started_twice(worker):
     start, home = worker
-    first = start("run", "recover", "--a=two words", output=subprocess.DEVNULL)
-    wait_for(home / "run.log", "started")
-    first.kill()
-    first.wait()
+    with start("run", "recover", "--a=two words") as first:
+        assert first.stdout.readline() == "started: recover --a=two words\n"
+        first.kill()
     second = start("run", "recover", "--a=two words")
     other = start("run", "score")
     assert "'recover --a=two words' is running here: stop it first" in other.communicate(timeout=HANG)[0]
@@ -409,7 +391,7 @@ def test_a_worker_outlives_its_connection_and_is_not_started_twice(worker):
 def test_a_stopped_worker_saves_and_starts_again(worker):
     start, home = worker
     running = start("run", "recover")
-    wait_for(home / "run.log", "started")
+    assert running.stdout.readline() == "started: recover\n"
     assert start("stop").communicate(timeout=HANG)[0] == ""
     assert running.communicate(timeout=HANG)[0].endswith("saved\n")
     assert running.returncode == 143

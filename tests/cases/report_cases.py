@@ -1,4 +1,4 @@
-"""Workdirs that a report can be built from."""
+"""Workdirs that a report can be built from; questions, and the answers of several models."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 
 import numpy as np
 from msgspec.structs import replace
+from PIL import Image
 from prune_cases import EQUAL, config, layer_scores, model, unit_scores
 from stack_cases import decoder_layer
 
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune import Scores, fingerprint
+from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.evaluation.metrics import Metric
 from vlmprune_jax.run.evaluation.metrics.texts import EXACT_MATCH
@@ -208,3 +210,36 @@ def change(workdir, run, **changes):
     result = read_result(workdir)
     result.runs[run] = replace(result.runs[run], **changes)
     write_artefact(workdir / "result.json", result)
+
+
+_SAME = compare({"questions": evaluated(0.8)}, {"questions": evaluated(0.8)})
+RUNS = [
+    Run(**{**FACTS, "name": name, "plan": plan, "recovery": recovery}, evaluation=_SAME)
+    for name, plan, recovery in (
+        ("depth", "d", "none"),
+        ("depth-sft", "d", "sft"),
+        ("width", "w", "none"),
+        ("width-reconstructed", "w", "reconstructed"),
+    )
+]
+
+
+def write_records(folder):
+    """40 questions about 20 images, the last of which is damaged; the answers are yes and no."""
+    for number in range(19):
+        Image.new("RGB", (400, 100), (number * 10, 0, 0)).save(folder / f"{number}.png")
+    (folder / "19.png").write_text("no image")
+    return [
+        Record(
+            f"r{place}",
+            (("human", f"<image>\nIs <b>{place} red?"), ("gpt", "yes" if place % 4 else "no")),
+            (folder / f"{place // 2}.png",),
+        )
+        for place in range(40)
+    ]
+
+
+def answered(right):
+    """(said, scores) of models that are right on these questions."""
+    scores = {name: [float(place in mine) for place in range(40)] for name, mine in right.items()}
+    return {name: ["yes" if one else "" for one in of] for name, of in scores.items()}, scores

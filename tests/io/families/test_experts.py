@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from golden_cases import CLOSE, MIXTURES, Golden
 from hf_cases import edit_weights, prune
+from prune_cases import plain_gradients
 from refusal import refused
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.models.params import count_params, flatten, unflatten, unstack_layers
-from vlmprune_jax.core.models.vlm import apply
 from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune import KeptLayer
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
@@ -40,19 +39,11 @@ def test_taylor_scores(goldens):
     model, batch = golden.model, golden.inputs("text") | {"labels": golden.arrays["text_labels"][None]}
     batch = {name: array for name, array in batch.items() if "type" not in name}
     batch |= {"attention_mask": np.ones_like(batch["input_ids"])}
-
-    @jax.jit
-    @jax.grad
-    def gradients(params):
-        logits = jax.nn.log_softmax(apply(params, model.cfg, batch["input_ids"])[0][:, :-1])
-        labels = batch["labels"][:, 1:]
-        picked = jnp.take_along_axis(logits, np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-        return -jnp.mean(picked[labels != IGNORED])
-
+    gradients = plain_gradients(model.params, model.cfg, batch, batch["labels"])
     units = vp.score(model, [batch], criterion="taylor").values
     fact = "gradients of experts cannot be weighted or split by token type"
     refused(fact, vp.score, model, [batch], criterion="taylor", image_weight=0.5)
-    (weights, _), (grads, _) = (unstack_layers(tree, model.cfg) for tree in (model.params, gradients(model.params)))
+    (weights, _), (grads, _) = (unstack_layers(tree, model.cfg) for tree in (model.params, gradients))
     for i, layer in enumerate(weights):
         names = ("router", "experts/gate_proj", "experts/up_proj", "experts/down_proj")
         router, gate, up, down = (

@@ -1,16 +1,22 @@
-"""Metrics: what one may be, and cases computed by hand, most of which lmms-eval 0.7.3 was seen to score the same."""
+"""Metrics and their intervals: cases by hand, most of which lmms-eval 0.7.3 was seen to score the same; refusals."""
 
+import dataclasses
 import math
 import re
 
+import numpy as np
 import pytest
-from answer_cases import asked, measured, value
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from refusal import refused
 
 import vlmprune_jax as vp
+from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.run.evaluation.metrics import METRICS, Metric, metric_named
 from vlmprune_jax.run.evaluation.metrics.choices import parse_letter, parse_open
+from vlmprune_jax.run.evaluation.metrics.metric import mean
 from vlmprune_jax.run.evaluation.metrics.texts import EXACT_MATCH, PERPLEXITY, processed
+from vlmprune_jax.run.evaluation.statistics import interval_of_mean, retained_interval
 
 ANIMALS = {"choices": ["cat", "dog", "mouse"], "options": ["cat", "dog", "mouse"], "question_type": "multiple-choice"}
 
@@ -22,6 +28,21 @@ def maths(kind, question="free_form", **fields):
 CHOICE = ANIMALS | maths("text", "multi_choice")
 OPEN = {"question_type": "open"}
 PEOPLE = ("yes", "yes", "no", "no", "no", "no", "no", "no", "no", "maybe")
+
+
+def asked(*references, name="q", **fields):
+    return Record(name, (("human", "What?"),), (), None, references, fields)
+
+
+def measured(name, *answers):
+    """(values, groups) of answers, each (prediction, record)."""
+    records = [record for _, record in answers]
+    scores = METRICS[name].score_all([prediction for prediction, _ in answers], records)
+    return METRICS[name].values(scores, records), METRICS[name].values_of_groups(scores, records)
+
+
+def value(name, prediction, record):
+    return measured(name, (prediction, record))[0][METRICS[name].main]
 
 
 def test_names_and_descriptions():
@@ -220,9 +241,6 @@ def test_choices_as_the_text_of_a_list():
 # --- POPE and MME ----------------------------------------------------------------------------------------------------
 
 
-FOUND = ("precision", "recall", "f1", "f1_pooled")
-
-
 def test_pope():
     pairs = [("Yes", "yes"), ("Yes.", "yes"), ("no", "yes"), ("maybe", "yes"), ("yes", "no"), ("No", "no")]
     answers = [(said, asked(true, category=("random", "popular")[i % 2])) for i, (said, true) in enumerate(pairs)]
@@ -230,9 +248,8 @@ def test_pope():
     pooled = {"accuracy": 1 / 3, "precision": 0.5, "recall": 0.5, "f1_pooled": 0.5, "said_yes": 1 / 3}
     assert values == pytest.approx({**pooled, "f1": 0.25})
     # random: TP, a no where yes is right, a yes where no is right; popular: `Yes.`, `maybe`, and a right no
-    assert groups["random"] == pytest.approx(
-        {"questions": 3, "accuracy": 1 / 3, **dict.fromkeys(FOUND, 0.5), "said_yes": 2 / 3}
-    )
+    halves = dict.fromkeys(("precision", "recall", "f1", "f1_pooled"), 0.5)
+    assert groups["random"] == pytest.approx({"questions": 3, "accuracy": 1 / 3, **halves, "said_yes": 2 / 3})
     assert groups["popular"]["f1"] == 0
     assert groups["popular"]["accuracy"] == pytest.approx(1 / 3)
 
@@ -248,14 +265,10 @@ def test_words_of_mme(said, right):
         assert METRICS["mme"].score_all([said], [record]) == [{"right": float(right == reference.lower().strip("."))}]
 
 
-def mme(category, pair, said):
-    return said, asked("yes", category=category, question_id=pair)
-
-
 def test_mme_sums_categories_of_pairs():
-    answers = [mme("count", 1, "yes"), mme("count", 1, "no"), mme("count", 2, "yes"), mme("OCR", 1, "yes")]
-    answers += [mme("count", 2, "Yes."), mme("OCR", 1, "y"), mme("code_reasoning", 1, "no")]
-    answers += [mme("code_reasoning", 1, "yes")]
+    said = [("count", 1, "yes"), ("count", 1, "no"), ("count", 2, "yes"), ("OCR", 1, "yes"), ("count", 2, "Yes.")]
+    said += [("OCR", 1, "y"), ("code_reasoning", 1, "no"), ("code_reasoning", 1, "yes")]
+    answers = [(text, asked("yes", category=category, question_id=pair)) for category, pair, text in said]
     values, groups = measured("mme", *answers)
     assert (values["perception"], values["cognition"], values["score"]) == (325.0, 50.0, 375.0)
     assert (values["accuracy"], values["accuracy_plus"]) == (75.0, 50.0)
@@ -263,3 +276,121 @@ def test_mme_sums_categories_of_pairs():
     for name, main, full in (("mme_perception", 325.0, 2000.0), ("mme_cognition", 50.0, 800.0), ("mme", 375.0, 2800.0)):
         found, _ = measured(name, *answers)
         assert (found[METRICS[name].main], METRICS[name].full) == (main, full)
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def rights(values):
+    return [{"accuracy": float(value)} for value in values]
+
+
+def questions(number, **fields):
+    return [asked("yes", name=str(i), **{k: of(i) for k, of in fields.items()}) for i in range(number)]
+
+
+def test_what_is_equal_for_both_widens_little():
+    """60 of 60 right is no certainty; questions that both get wrong do not matter."""
+    low, high = retained_interval(EXACT_MATCH, rights([1] * 60), rights([1] * 60), questions(60))
+    assert (low, high) == (pytest.approx(96.85, abs=0.01), pytest.approx(103.25, abs=0.01))
+    padded = rights([1] * 60 + [0] * 40)
+    assert retained_interval(EXACT_MATCH, padded, padded, questions(100)) == (low, high)
+    alike = [{"accuracy": 0.5}] * 60  # of no proportion: every sample of a bootstrap is equal
+    assert retained_interval(EXACT_MATCH, alike, alike, questions(60)) == (low, high)
+    ours, theirs = ([{"accuracy": (i % 7 + extra) / 9} for i in range(50)] for extra in (1, 3))
+    first, again, other = (retained_interval(EXACT_MATCH, ours, theirs, questions(50), seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    inner = retained_interval(EXACT_MATCH, ours, theirs, questions(50), level=0.5)
+    assert first[0] < inner[0] < inner[1] < first[1]
+
+
+def test_a_ratio_of_proportions_is_bonett_and_prices():
+    """The numbers by hand, from the formulas of the paper; by symmetry the inverse ratio has the inverse ends."""
+    ours, theirs = [1] * 70 + [0] * 10 + [1] * 5 + [0] * 15, [1] * 80 + [0] * 20
+    low, high = retained_interval(EXACT_MATCH, rights(ours), rights(theirs), questions(100))
+    z = 1.959964 * math.sqrt(17 / (76 * 81)) / (math.sqrt((1 - 76 / 87) / 76) + math.sqrt((1 - 81 / 87) / 81))
+    ends = {}
+    for right in (75, 80):
+        root = z * math.sqrt(z**2 + 4 * right * (1 - right / 85))
+        ends[right] = [(2 * right + z**2 + sign * root) / (2 * (85 + z**2)) for sign in (-1, 1)]
+    assert (low, high) == pytest.approx((100 * ends[75][0] / ends[80][1], 100 * ends[75][1] / ends[80][0]))
+    inverse = retained_interval(EXACT_MATCH, rights(theirs), rights(ours), questions(100))
+    assert inverse == pytest.approx((1e4 / high, 1e4 / low))
+
+
+@pytest.mark.parametrize(("right", "keeps"), [(1.0, 0.995), (0.98, 0.97), (0.8, 0.995)])
+def test_an_interval_at_the_edge_covers_the_truth(right, keeps):
+    """A bootstrap covers it in 25 to 83 % of such samples of 60 questions."""
+    draw, inside = np.random.default_rng(0), 0
+    for _ in range(300):
+        theirs = draw.random(60) < right
+        ours = theirs & (draw.random(60) < keeps)
+        low, high = retained_interval(EXACT_MATCH, rights(ours), rights(theirs), questions(60))
+        inside += low <= 100 * keeps <= high
+    assert inside >= 0.93 * 300
+
+
+def test_a_metric_that_is_better_when_lower_is_turned_around():
+    ours, theirs = ([{"nll": nll + i / 10, "tokens": 8.0} for i in range(9)] for nll in (16.0, 8.0))
+    ends = retained_interval(PERPLEXITY, ours, theirs, (), draws=50)
+    assert ends == pytest.approx(2 * (100 * math.exp(-1),))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=6, max_size=20), st.integers(0, 99))
+def test_pope_by_counts_is_pope_by_repetition(rows, seed):
+    records = [asked("yes" if yes else "no", category="abc"[i % 3]) for i, (yes, *_) in enumerate(rows)]
+    metric = METRICS["pope"]
+
+    def all_splits(scores, records):
+        """POPE's mean over three splits, of which a small sample may lack one (worth 0 then)."""
+        present = {record.fields["category"] for record in records}
+        return {"f1": metric.values(scores, records)["f1"] * len(present) / 3}
+
+    ours, theirs = (metric.score_all(["yes" if row[model] else "no" for row in rows], records) for model in (1, 2))
+    fast = retained_interval(metric, ours, theirs, records, draws=20, seed=seed)
+    repeated = dataclasses.replace(metric, drawn=None, aggregate=all_splits)  # one by one, as a user's is
+    slow = retained_interval(repeated, ours, theirs, records, draws=20, seed=seed)
+    assert fast == (slow if slow is None else pytest.approx(slow))
+
+
+def test_pairs_of_mme_are_drawn_together():
+    records = questions(12, category=lambda i: "count", question_id=lambda i: i // 2)
+    metric = METRICS["mme"]
+    theirs = metric.score_all(["yes"] * 12, records)
+    # Of a pair either both are right or none: a pair is worth 200 or 0, never the 50 of a pair that was torn apart.
+    ours = metric.score_all(["yes" if i // 2 < 3 else "no" for i in range(12)], records)
+    low, high = retained_interval(metric, ours, theirs, records, draws=4000)
+    assert {round(6 * low / 100, 9), round(6 * high / 100, 9)} <= set(map(float, range(7)))
+    assert (low, high) == (pytest.approx(100 / 6), pytest.approx(500 / 6))
+
+
+def test_a_users_aggregate_is_worked_out_for_every_sample():
+    best = Metric("best", lambda *_: {}, lambda scores, records: {"best": max(one["x"] for one in scores)})
+    ours, theirs = ([{"x": value} for value in of] for of in ((1.0, 2.0, 3.0), (4.0, 4.0, 4.0)))
+    assert retained_interval(best, ours, theirs, questions(3), level=1.0) == (25.0, 75.0)
+    means = Metric("x", lambda *_: {}, lambda scores, records: mean(scores, records))
+    fast = retained_interval(Metric("x", lambda *_: {}), ours, theirs, questions(3), draws=4000)
+    slow = retained_interval(means, ours, theirs, questions(3), draws=4000)
+    assert fast == pytest.approx(slow, abs=1.0)
+
+
+def test_no_interval_where_the_unpruned_model_may_score_nothing():
+    assert retained_interval(EXACT_MATCH, rights([1, 0]), rights([0, 0]), questions(2)) is None
+    half = [{"accuracy": value} for value in (0.5, 0.0)]
+    assert retained_interval(EXACT_MATCH, half, half, questions(2)) is None
+    refused("1 and 2 answers: both must", retained_interval, EXACT_MATCH, rights([1]), rights([1, 0]), questions(2))
+    refused("0 and 0 answers", retained_interval, EXACT_MATCH, [], [], [])
+
+
+def test_a_mean_over_seeds_has_an_interval_over_questions_too():
+    """Over seeds it is Student's t, by hand: 2 degrees of freedom, 4.3027 * sqrt(1) / sqrt(3)."""
+    values, intervals = [1.0, 2.0, 3.0], [(0.0, 1.5), (1.0, 2.5), (2.0, 3.5)]
+    mean, low, high = interval_of_mean(values)
+    assert (mean, low, high) == pytest.approx((2.0, 2 - 2.48414, 2 + 2.48414), abs=1e-4)
+    assert interval_of_mean(values, [*intervals[:2], None]) == (mean, low, high)
+    wide = mean - math.hypot(mean - low, 1.0), mean + math.hypot(high - mean, 0.5)
+    assert interval_of_mean(values, intervals) == pytest.approx((mean, *wide))
+    assert interval_of_mean([99.8] * 3, [(99.0, 100.1)] * 3) == pytest.approx((99.8, 99.0, 100.1))
+    assert interval_of_mean([5.0]) == (5.0, 5.0, 5.0)
+    assert interval_of_mean([5.0], [(4.0, 5.5)]) == (5.0, 4.0, 5.5)

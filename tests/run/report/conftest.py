@@ -5,7 +5,6 @@ from markupsafe import Markup
 from report_cases import write_several, write_workdir
 
 from vlmprune_jax.run.report import figures
-from vlmprune_jax.run.report.build import build_report
 
 
 @pytest.fixture(autouse=True)
@@ -18,15 +17,6 @@ def _undrawn(request, monkeypatch):
 @pytest.fixture
 def drawn():
     """For a test of what figures look like, or of names in them."""
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A finished run with its report, which is only read."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_workdir(folder)
-    build_report(folder)
-    return folder
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fuzz_cases import mutants
 from refusal import refused
-from report_cases import CFG, write_several
+from report_cases import CFG
 from rich.console import Console
 
 from vlmprune_jax.base import console
@@ -123,18 +123,17 @@ NAME = "深度 עומק عمق 🙂 $\\frac{x}$ $x^$ [bold] <b>&\x1b[31m\u202e\u
 
 
 @pytest.mark.usefixtures("drawn")
-def test_names_of_any_letters(workdir):
+def test_names_of_any_letters(several):
     """On the page as text, in figures as letters of a font or spelled out, on the terminal inert; quietly."""
-    write_several(workdir)
-    text = (workdir / "result.json").read_text().replace('"depth-sft"', json.dumps(NAME))
+    text = (several / "result.json").read_text().replace('"depth-sft"', json.dumps(NAME))
     result = json.loads(text.replace('"perception"', json.dumps(NAME)).replace('"docs"', json.dumps(NAME)))
     for run in result["runs"]:
         run.update(method=NAME, recovery=NAME, loss_terms={"ce": NAME})
-    (workdir / "result.json").write_text(json.dumps(result))
+    (several / "result.json").write_text(json.dumps(result))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        page = build_report(workdir).read_text()
-        shown = printed(workdir)
+        page = build_report(several).read_text()
+        shown = printed(several)
     assert "<b>&\x1b" not in page
     assert "深度" in page
     assert all(letter.isprintable() or letter == "\n" for letter in shown)
@@ -142,17 +141,16 @@ def test_names_of_any_letters(workdir):
     assert max(map(len, shown.splitlines())) <= 120
 
 
-def test_very_many_models_and_sets(workdir, monkeypatch):
-    write_several(workdir)
-    result = json.loads((workdir / "result.json").read_text())
+def test_very_many_models_and_sets(several, monkeypatch):
+    result = json.loads((several / "result.json").read_text())
     result["runs"] += [{**result["runs"][0], "name": f"run {n}", "recovery": f"r{n}"} for n in range(200)]
     for number in range(20):
         result["sets"][f"set {number}"] = result["sets"]["wiki"]
         for model in (result["teacher"], *result["runs"]):
             model["evaluation"]["scores"][f"set {number}"] = {"bits": 1.0}
-    (workdir / "result.json").write_text(json.dumps(result))
+    (several / "result.json").write_text(json.dumps(result))
     monkeypatch.setattr(console, "MOST_ROWS", 100)
-    shown = printed(workdir)
+    shown = printed(several)
     assert shown.count("r90") >= 2  # the third table breaks the word
     assert "r150" not in shown
     assert "(shortened from 203 rows and 24 columns)\n" in shown

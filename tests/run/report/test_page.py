@@ -10,10 +10,21 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
-from answer_cases import RUNS, answered, write_records
 from msgspec.structs import replace
 from refusal import refused
-from report_cases import BENCH, NOISY, PLANNED, SIZE, SPEED, change, evaluated, write_answers, write_several
+from report_cases import (
+    BENCH,
+    NOISY,
+    PLANNED,
+    RUNS,
+    SIZE,
+    SPEED,
+    answered,
+    change,
+    evaluated,
+    write_answers,
+    write_records,
+)
 from repository import HANG
 
 from vlmprune_jax.run.report import plots
@@ -64,8 +75,9 @@ def outside_of(page):
     return [link for link in links if not link.startswith(("#", "data:image/"))]
 
 
-def test_page_tells_the_numbers_and_is_one_file(finished):
-    page = (finished / "report.html").read_text()
+@pytest.mark.usefixtures("drawn")
+def test_page_tells_the_numbers_and_is_one_file(workdir):
+    page = page_of(workdir)
     for text in ("depth-<wbr>sft", "76.00", "95.00", ">5</td>", "12.3", "3.2e-06", "Best of 3 models"):
         assert text in page
     assert "<h1>Structural pruning report</h1>" in page
@@ -81,8 +93,8 @@ def test_page_tells_the_numbers_and_is_one_file(finished):
     assert "depth-<wbr>sft" in best
     assert "&lt;b&gt;" in page  # an answer is text, not markup
     assert "<b>" not in page
-    assert list(finished.glob(".*")) == [finished / ".stages"]
-    data = (finished / "report.png").read_bytes()
+    assert list(workdir.glob(".*")) == [workdir / ".stages"]
+    data = (workdir / "report.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", data[16:24]) == (880, 620)
 
@@ -217,14 +229,13 @@ def test_several_sets(several):
     assert kept.header == ("model", "docs", "mme", "wiki")
 
 
-def test_costs_are_told_beside_those_of_the_unpruned_model(workdir):
-    write_several(workdir)
-    result = read_result(workdir)
+def test_costs_are_told_beside_those_of_the_unpruned_model(several):
+    result = read_result(several)
     before = Costs(forward_flops=4e12, kv_bytes_per_token=1000, file_bytes=8_000_000)
     after = Costs(forward_flops=3e12, kv_bytes_per_token=500, file_bytes=6_000_000)
     workload = Workload(length=640, images=1, dtype="bfloat16")
     runs, teacher = [replace(run, costs=after) for run in result.runs], replace(result.teacher, costs=before)
-    page = page_of(workdir, workload=workload, teacher=teacher, runs=runs)
+    page = page_of(several, workload=workload, teacher=teacher, runs=runs)
     for cell in ("4,000.000", "3,000.000", "1,000", "500", "7.63", "5.72"):
         assert f">{cell}</td>" in page
     assert "a forward pass of 640 tokens, those of 1 image(s) among them" in page

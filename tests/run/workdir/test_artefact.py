@@ -8,11 +8,10 @@ from typing import ClassVar
 import msgspec
 import numpy as np
 import pytest
-from answer_cases import RUNS, answered, write_records
 from msgspec.structs import replace
 from PIL import Image
 from refusal import refused
-from report_cases import BENCH, NOISY, SPEED
+from report_cases import BENCH, NOISY, RUNS, SPEED, answered, write_records
 from sweep_cases import some_runs, write_sweep
 
 from vlmprune_jax.base.errors import UserError
